@@ -1,0 +1,98 @@
+"""Volume: one image in patient space, with all that is needed to write a derived one beside it.
+
+Axes: Z slice, Y row, X column. Patient coordinates are millimetres in DICOM's LPS frame (x to the patient's left,
+y to the back, z to the head), whatever the file held.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+Unit = Literal["HU", "arbitrary", "uint8"]
+
+
+class DataError(ValueError):
+    """Input that cannot be used as it is: the message is one line and names the file, what was found, what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """An image of one patient.
+
+    `array` (Z, Y, X) float32 in `unit`; `affine` 4×4 float64 from voxel index (x, y, z) to LPS millimetres, with the
+    z column from the first to the second slice; `positions_mm` (Z,) of the slices along the normal, which need not be
+    evenly spaced; `headers`, what the reader kept for the writer: one pydicom Dataset without pixels a slice, or one
+    nibabel header and its like.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    positions_mm: np.ndarray
+    unit: Unit
+    path: Path
+    format: Literal["dicom", "nifti", "itk", "png"]
+    patient: str = ""
+    modality: str = ""
+    description: str = ""
+    energy_kev: float | None = None
+    frame_of_reference: str = ""
+    headers: tuple[Any, ...] = field(default=(), repr=False)
+
+    @property
+    def spacing_mm_zyx(self) -> tuple[float, float, float]:
+        """Distances between voxel centres (slice, row, column) in millimetres."""
+        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(z), float(y), float(x)
+
+
+def same_grid(a: Volume, b: Volume, tolerance_mm: float = 0.01) -> str:
+    """Empty when the slices of both lie in one plane grid, else what differs, as words for a message.
+
+    Compares in-plane size, spacing, orientation and in-plane origin; not the number of slices, since a missing slice is
+    matched by position. Origins are compared within the plane: the first slices may differ.
+    """
+    if a.array.shape[1:] != b.array.shape[1:]:
+        return f"image size {a.array.shape[1]}×{a.array.shape[2]} against {b.array.shape[1]}×{b.array.shape[2]}"
+    if not np.allclose(a.spacing_mm_zyx[1:], b.spacing_mm_zyx[1:], atol=1e-3):
+        return f"pixel spacing {a.spacing_mm_zyx[1:]} mm against {b.spacing_mm_zyx[1:]} mm"
+    axes_a, axes_b = (v.affine[:3, :2] / np.linalg.norm(v.affine[:3, :2], axis=0) for v in (a, b))
+    if not np.allclose(axes_a, axes_b, atol=1e-3):
+        return "orientation of rows and columns"
+    offset = axes_a.T @ (a.affine[:3, 3] - b.affine[:3, 3])
+    if np.abs(offset).max() > tolerance_mm:
+        return f"in-plane origin by {offset.round(3).tolist()} mm"
+    if a.frame_of_reference and b.frame_of_reference and a.frame_of_reference != b.frame_of_reference:
+        return "frame of reference"
+    return ""
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block ends without an error, and else is removed.
+
+    The temporary name keeps the suffixes, since writers choose their format by them. Works for a file or a folder
+    (make the folder inside the block); an existing file is replaced. Raises DataError when `path` cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder or free it") from None
+    temporary = folder / path.name
+    try:
+        yield temporary
+        if temporary.is_file():
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
