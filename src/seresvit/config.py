@@ -43,7 +43,7 @@ class DataSettings(Settings):
     # Training leaves out slices with a smaller share of pixels above the target's lower bound (air, no brain).
     min_foreground: Annotated[float, Field(ge=0, lt=1)] = 0.0
     flip: bool = True
-    # Small random affine, the same for source and target: the largest turn, and the largest shift as a share of the size.
+    # Small random affine, the same for both images: the largest turn, and the largest shift as a share of the size.
     max_rotation_deg: Annotated[float, Field(ge=0, le=45)] = 0.0
     max_shift: Annotated[float, Field(ge=0, le=0.25)] = 0.0
 

@@ -1,0 +1,180 @@
+"""The network that synthesises: ResViT (Dalmaz, Yurt, Çukur, IEEE TMI 2022) with a gate at its fusion sites.
+
+Shapes: B image, C channel, H row, W column, N token, D embedding width.
+With no transformer block it is the stage-1 network.
+Names in the state dict are addresses: `art_6.upsample.0.conv.weight` is where it says.
+"""
+
+from collections import OrderedDict
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from seresvit.config import ModelSettings
+from seresvit.model.fusion import FUSIONS
+from seresvit.model.transformer import Encoder, PatchEmbedding
+
+NUM_BLOCKS = 9
+
+
+class Generator(nn.Module):
+    """SE-ResViT: source (B, C_in, H, W) in [-1, 1] to synthetic target (B, C_out, H, W) in (-1, 1), any H and W."""
+
+    header: dict[str, Any]  # of the checkpoint that it was loaded from, see model/checkpoint.py
+
+    def __init__(self, settings: ModelSettings):
+        """Raises ValueError when the settings name transformer blocks but no `token_grid`."""
+        super().__init__()
+        self.settings = settings
+        c = settings.base_channels
+        self.stem = conv_norm_relu(settings.in_channels, c, 7, reflect=True)
+        self.encode = nn.Sequential(conv_norm_relu(c, 2 * c, stride=2), conv_norm_relu(2 * c, 4 * c, stride=2))
+        if settings.transformer_blocks:
+            self.transformer = Encoder(settings.vit)
+        for number in range(1, NUM_BLOCKS + 1):
+            has_transformer = number in settings.transformer_blocks
+            block = TransformerArtBlock(settings) if has_transformer else ConvolutionalArtBlock(4 * c)
+            setattr(self, f"art_{number}", block)
+        self.decode = nn.Sequential(upsample_norm_relu(4 * c, 2 * c), upsample_norm_relu(2 * c, c))
+        self.head = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(c, settings.out_channels, 7, padding=3, padding_mode="reflect"),
+                tanh=nn.Tanh(),
+            )
+        )
+        self.apply(_initialise)
+
+    def forward(self, source_BCHW: torch.Tensor) -> torch.Tensor:
+        """The synthetic target (B, C_out, H, W), values in (-1, 1)."""
+        height, width = source_BCHW.shape[-2:]
+        x_BCHW = pad_to_multiple(source_BCHW, self.settings.stride)
+        x_BCHW = self.encode(self.stem(x_BCHW))
+        for number in range(1, NUM_BLOCKS + 1):
+            block = getattr(self, f"art_{number}")
+            x_BCHW = block(x_BCHW, self.transformer) if isinstance(block, TransformerArtBlock) else block(x_BCHW)
+        synthetic_BCHW = self.head(self.decode(x_BCHW))
+        return synthetic_BCHW[..., :height, :width]
+
+
+class ConvolutionalArtBlock(nn.Module):
+    """An ART block without a transformer: one residual block."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.residual = residual_body(channels)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Features of the same shape."""
+        return x_BCHW + self.residual(x_BCHW)
+
+
+class TransformerArtBlock(nn.Module):
+    """An ART block with a transformer branch: x → [transformer(x), x] → fuse → compress → residual block.
+
+    The encoder belongs to the generator, which hands the one shared instance to every block.
+    """
+
+    def __init__(self, settings: ModelSettings):
+        super().__init__()
+        if settings.token_grid is None:
+            raise ValueError("token_grid is not set: it is train.size divided by the stride between tokens")
+        c, deepest = settings.base_channels, 16 * settings.base_channels
+        down = [min(4 * c * 2**i, deepest) for i in range(settings.num_downsamples + 1)]
+        self.downsample = nn.Sequential(*(conv_norm_relu(i, o, stride=2) for i, o in pairwise(down)))
+        self.embed = PatchEmbedding(down[-1], settings.patch_size, settings.token_grid, settings.vit)
+        up = upsample_widths(settings)
+        self.upsample = nn.Sequential(*(upsample_norm_relu(i, o) for i, o in pairwise(up)))
+        self.fuse = FUSIONS[settings.fusion.kind](8 * c, settings.fusion)
+        self.compress = ChannelCompression(8 * c, 4 * c)
+        self.residual = residual_body(4 * c)
+
+    def forward(self, x_BCHW: torch.Tensor, transformer: Encoder) -> torch.Tensor:
+        """Features of the same shape."""
+        x_BCHW = self.compress(self.fuse(self.concatenate(x_BCHW, transformer)))
+        return x_BCHW + self.residual(x_BCHW)
+
+    def concatenate(self, x_BCHW: torch.Tensor, transformer: Encoder) -> torch.Tensor:
+        """Transformer features, then CNN features, (B, 2C, H, W)."""
+        deep_BCHW = self.downsample(x_BCHW)
+        patch = self.embed.patch.kernel_size[0]
+        grid = (deep_BCHW.shape[-2] // patch, deep_BCHW.shape[-1] // patch)
+        tokens_BND = transformer(self.embed(deep_BCHW))
+        tokens_BDHW = tokens_BND.transpose(1, 2).unflatten(2, grid)
+        return torch.cat([self.upsample(tokens_BDHW), x_BCHW], dim=1)
+
+
+class ChannelCompression(nn.Module):
+    """Residual compression of the fused features to the block's own width, ReLU at the end."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.body = nn.Sequential(conv_norm_relu(in_channels, out_channels), conv_norm(out_channels, out_channels))
+        self.skip = conv_norm(in_channels, out_channels, 1)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Features (B, out_channels, H, W), not negative."""
+        return torch.relu(self.body(x_BCHW) + self.skip(x_BCHW))
+
+
+def upsample_widths(settings: ModelSettings) -> list[int]:
+    """Channels around the upsampling stages of the transformer branch: 768, 512, 256 for the paper's network."""
+    c = settings.base_channels
+    stages = settings.num_downsamples + settings.patch_size.bit_length() - 1
+    return [settings.vit.width, *[8 * c] * (stages > 1), *[4 * c] * max(stages - 1, 1)]
+
+
+def conv_norm(
+    in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, reflect: bool = False
+) -> nn.Sequential:
+    """Convolution without bias (the norm has one) that keeps the size at stride 1, and batch normalisation."""
+    mode: Literal["reflect", "zeros"] = "reflect" if reflect else "zeros"
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False, padding_mode=mode)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
+
+
+def conv_norm_relu(
+    in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, reflect: bool = False
+) -> nn.Sequential:
+    """`conv_norm` followed by a ReLU."""
+    layers = conv_norm(in_channels, out_channels, kernel, stride, reflect)
+    layers.add_module("relu", nn.ReLU(inplace=True))
+    return layers
+
+
+def upsample_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Transposed convolution that doubles the size, batch normalisation, ReLU."""
+    conv = nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True)))
+
+
+def residual_body(channels: int) -> nn.Sequential:
+    """What a residual block adds to its input."""
+    return nn.Sequential(conv_norm_relu(channels, channels, reflect=True), conv_norm(channels, channels, reflect=True))
+
+
+def pad_to_multiple(x_BCHW: torch.Tensor, multiple: int) -> torch.Tensor:
+    """The images reflected at their lower and right edge up to a multiple of `multiple`, as often as that takes."""
+    for axis in (-2, -1):
+        size = x_BCHW.shape[axis]
+        padded = -(-size // multiple) * multiple
+        if padded != size:
+            period = max(2 * (size - 1), 1)
+            index = torch.arange(padded, device=x_BCHW.device) % period
+            x_BCHW = x_BCHW.index_select(axis, torch.where(index < size, index, period - index))
+    return x_BCHW
+
+
+def _initialise(module: nn.Module) -> None:
+    """N(0, 0.02) for convolutions and N(1, 0.02) for norm scales, as published; Xavier for linear layers."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,179 @@
+"""The network against the published one's outputs, which `tests/reference/fill.py` defines."""
+
+import gc
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import seresvit
+from seresvit.config import FusionSettings, ModelSettings, VitSettings
+from seresvit.model import checkpoint
+from seresvit.model.fusion import record_gates
+from seresvit.model.generator import Generator, pad_to_multiple, upsample_widths
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+GENERATORS = ["concat_256", "se_256", "se_256_many", "se_512", "concat_512_deep", "rescnn_256"]
+
+spec = importlib.util.spec_from_file_location("fill", REFERENCE / "fill.py")
+reference = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reference)
+
+TINY = ModelSettings(
+    base_channels=4, token_grid=(2, 2), vit=VitSettings(depth=2, width=16, heads=2, mlp_width=32, dropout=0.0)
+)
+
+
+def published_state(name):
+    """The published state dict of a reference network, the shared encoder under all its prefixes."""
+    about = json.loads((REFERENCE / f"{name}.json").read_text())
+    state = {
+        key: torch.from_numpy(reference.fill(key, tuple(shape)))
+        for key, shape in about["tensors"].items()
+        if key not in about["aliases"]
+    }
+    state |= {alias: state[key] for alias, key in about["aliases"].items()}
+    return {key: state[key] for key in about["tensors"]}, tuple(about["input_shape"])
+
+
+@pytest.fixture(scope="module", params=GENERATORS)
+def imported(request, tmp_path_factory):
+    """(name, published state, network imported from it, reference input, reference output)."""
+    state, shape = published_state(request.param)
+    path = tmp_path_factory.mktemp("pth") / "latest_net_G.pth"
+    torch.save(state, path)
+    network = checkpoint.import_published(path)
+    path.unlink()
+    yield request.param, state, network, torch.from_numpy(reference.image(request.param, shape))
+    gc.collect()
+
+
+def test_reference_outputs_and_gates(imported):
+    name, _, network, source = imported
+    expected = np.load(REFERENCE / f"{name}.npz")
+    with torch.inference_mode(), record_gates(network) as gates:
+        output = network(source)
+    assert np.abs(output.numpy() - expected["output"]).max() <= 1e-4
+    assert {f"gates.{block}" for block in gates} == set(expected.files) - {"output"}
+    for block, gate in gates.items():
+        np.testing.assert_allclose(gate.numpy(), expected[f"gates.{block}"], atol=1e-4)
+
+
+def test_published_layout_round_trip_is_bit_exact(imported, tmp_path):
+    _, state, network, _ = imported
+    checkpoint.export_published(network, tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_parameter_counts():
+    counts = {}
+    for kind in ("concat", "se"):
+        with torch.device("meta"):
+            network = Generator(ModelSettings(token_grid=(16, 16), fusion=FusionSettings(kind=kind)))
+        counts[kind] = sum(parameter.numel() for parameter in network.parameters())
+    assert counts == {"concat": 123_441_537, "se": 123_507_073}
+    assert counts["se"] - counts["concat"] == 65_536
+
+
+def test_shapes_of_the_art_block_at_256():
+    """Every line of the table in docs/architecture.md, on the full-size network."""
+    with torch.device("meta"):
+        network = Generator(ModelSettings(token_grid=(16, 16))).eval()
+        source = torch.empty(1, 1, 256, 256)
+    block, shapes = network.art_1, {}
+    watched = {"x": block, "downsample": block.downsample, "embed": block.embed, "transformer": network.transformer}
+    watched |= {"upsample": block.upsample, "fuse": block.fuse, "compress": block.compress, "gate": block.fuse.gate}
+
+    def watch(name):
+        def note(module, inputs, output):
+            shapes.setdefault(name, list(output.shape))
+
+        return note
+
+    for name, module in watched.items():
+        module.register_forward_hook(watch(name))
+    block.fuse.register_forward_pre_hook(lambda _, inputs: shapes.update(concat=list(inputs[0].shape)))
+    block.upsample.register_forward_pre_hook(lambda _, inputs: shapes.update(reshape=list(inputs[0].shape)))
+    network(source)
+    assert shapes == {
+        "x": [1, 256, 64, 64],
+        "downsample": [1, 1024, 16, 16],
+        "embed": [1, 256, 768],
+        "transformer": [1, 256, 768],
+        "reshape": [1, 768, 16, 16],
+        "upsample": [1, 256, 64, 64],
+        "concat": [1, 512, 64, 64],
+        "gate": [1, 512],
+        "fuse": [1, 512, 64, 64],
+        "compress": [1, 256, 64, 64],
+    }
+
+
+@pytest.mark.parametrize(
+    "downsamples, patch, widths", [(2, 1, [768, 512, 256]), (2, 2, [768, 512, 256, 256]), (3, 1, [768, 512, 256, 256])]
+)
+def test_upsample_stages_of_the_three_geometries(downsamples, patch, widths):
+    assert upsample_widths(ModelSettings(num_downsamples=downsamples, patch_size=patch)) == widths
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (33, 50), (7, 90), (1, 1)])
+@pytest.mark.parametrize("geometry", [{}, {"num_downsamples": 3}, {"patch_size": 2}, {"transformer_blocks": ()}])
+def test_any_size_and_geometry(size, geometry):
+    network = Generator(TINY.model_copy(update={**geometry, "in_channels": 3, "out_channels": 2})).eval()
+    with torch.inference_mode():
+        assert network(torch.rand(2, 3, *size)).shape == (2, 2, *size)
+
+
+def test_padding_reflects_like_numpy():
+    image = torch.arange(35.0).reshape(1, 1, 5, 7)
+    expected = np.pad(image.numpy(), [(0, 0), (0, 0), (0, 11), (0, 9)], mode="reflect")
+    np.testing.assert_array_equal(pad_to_multiple(image, 16).numpy(), expected)
+
+
+def test_every_parameter_gets_a_gradient():
+    torch.manual_seed(0)
+    network = Generator(TINY).train()
+    network(torch.rand(2, 1, 32, 32)).square().mean().backward()
+    without = [name for name, parameter in network.named_parameters() if parameter.grad is None]
+    assert without == []
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in network.named_parameters() if "fuse.gate" in name)
+
+
+def test_record_gates_leaves_no_hook_even_after_an_error():
+    network = Generator(TINY).eval()
+    with pytest.raises(RuntimeError, match="stop"), record_gates(network) as gates:
+        network(torch.rand(3, 1, 32, 32))
+        raise RuntimeError("stop")
+    assert {block: tuple(gate.shape) for block, gate in gates.items()} == {"art_1": (3, 32), "art_6": (3, 32)}
+    assert not any(module._forward_hooks for module in network.modules())
+    with record_gates(network) as second:
+        pass
+    network(torch.rand(3, 1, 32, 32))
+    assert second == {}
+
+
+def test_gates_scale_channels_of_each_image_alone():
+    torch.manual_seed(1)
+    fuse = Generator(TINY).art_1.fuse
+    x = torch.randn(2, 32, 4, 4)
+    gate = torch.sigmoid(fuse.gate.expand.weight @ torch.relu(fuse.gate.reduce.weight @ x.mean((2, 3)).T)).T
+    torch.testing.assert_close(fuse(x), x * gate[:, :, None, None])
+
+
+def test_eval_is_deterministic_and_train_is_not():
+    network = Generator(TINY.model_copy(update={"vit": TINY.vit.model_copy(update={"dropout": 0.5})}))
+    x = torch.rand(2, 1, 32, 32)
+    network.eval()
+    assert torch.equal(network(x), network(x))
+    network.train()
+    assert not torch.equal(network(x), network(x))
+
+
+def test_load_is_reachable_from_the_package():
+    assert seresvit.load is checkpoint.load
+    assert seresvit.record_gates is record_gates
