@@ -118,7 +118,8 @@ class TrainSettings(Settings):
     seed: NotNegative = 0
     adam_betas: tuple[float, float] = (0.5, 0.999)
     discriminator_channels: Positive = 64
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    # "auto" is bf16-mixed where the device computes in bf16, else 32-true.
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     save_every_images: Positive = 10_000
     validate_every_images: Positive = 10_000
     # Slices that one validation looks at, evenly spread over the validation cases.
@@ -223,3 +224,9 @@ def _known_keys(branch: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += _known_keys(field.annotation, prefix + name + ".")
     return keys
+
+
+def shipped_config(name: str) -> Path:
+    """The path of a YAML file that comes with the package: in configs/ of a checkout, or beside the installed code."""
+    installed = Path(__file__).parent / "configs" / name
+    return installed if installed.is_file() else Path(__file__).parents[2] / "configs" / name

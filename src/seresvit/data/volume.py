@@ -78,7 +78,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name when the block ends without an error, and else is removed.
 
     The temporary name keeps the suffixes, since writers choose their format by them. Works for a file or a folder
-    (make the folder inside the block); an existing file is replaced. Raises DataError when `path` cannot be written.
+    (make the folder inside the block); what stood at `path` is replaced. Raises DataError when it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         if temporary.is_file():
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
+        if path.is_dir():
+            os.replace(path, folder / "replaced")
         os.replace(temporary, path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from seresvit import __version__
-from seresvit.config import DataSettings, ModelSettings
+from seresvit.config import ConfigError, DataSettings, ModelSettings
 from seresvit.data.volume import DataError, written_whole
 from seresvit.model.discriminator import Discriminator
 from seresvit.model.generator import Generator
@@ -339,11 +339,21 @@ def _settings_of(state: State, where: str) -> ModelSettings:
     return ModelSettings.model_validate(tree)
 
 
-def published_header(data: DataSettings, network: Generator) -> Header:
-    """A header for an imported network, whose file says nothing of its training: the intensity rule is the user's."""
-    return {
-        "data": data.model_dump(mode="json"),
-        "train_size": [side * network.settings.stride for side in network.settings.token_grid or (16, 16)],
-        "sources": [],
-        "target": "",
-    }
+def convert(source: Path, out: Path, data: DataSettings) -> None:
+    """Turn a published generator or PatchGAN `.pth` into our checkpoint, or our generator back into a published `.pth`.
+
+    `data` goes into the header of an imported generator, whose file says nothing of its intensity rule.
+    Raises CheckpointError for an unusable file, ConfigError when the two suffixes ask for neither.
+    """
+    if source.suffix in (".pth", ".pt") and out.suffix == ".safetensors":
+        if "model.0.weight" in _read_pth(source):
+            save(import_discriminator(source), out, {})
+            return
+        network = import_published(source)
+        grid = network.settings.token_grid
+        size = [side * network.settings.stride for side in grid] if grid else []
+        save(network, out, {"data": data.model_dump(mode="json"), "train_size": size, "sources": [], "target": ""})
+    elif source.suffix == ".safetensors" and out.suffix in (".pth", ".pt"):
+        export_published(load(source), out)
+    else:
+        raise ConfigError(f"{source} → {out}: give .pth → .safetensors or .safetensors → .pth")

@@ -1,0 +1,280 @@
+"""Every command on one screen. Heavy imports live inside the commands, so that `seresvit --help` answers at once."""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+
+from seresvit.config import ConfigError, load_config, shipped_config
+from seresvit.data.volume import DataError
+
+app = typer.Typer(
+    help="Synthesise a medical image that was not acquired: SE-ResViT.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Item = TypeVar("Item")
+Manifest = Annotated[Path, typer.Option("--manifest", help="manifest.csv of `seresvit audit`")]
+Out = Annotated[Path, typer.Option("--out", help="folder to write")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, any setting of the YAML; repeatable")]
+Checkpoint = Annotated[Path, typer.Argument(help="model.safetensors")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+NormStatistics = Annotated[
+    Literal["running", "image"],
+    typer.Option(help="image: normalise by each image, for old checkpoints tested in train mode"),
+]
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("demo")) -> None:
+    """Simulated patients → audit → train → predict → evaluate → gates → report, on a laptop CPU in minutes."""
+    dicom, manifest, run_dir = out / "dicom", out / "manifest.csv", out / "run"
+    predictions, evaluation = out / "predictions", out / "evaluation"
+    if not dicom.exists():
+        simulate(dicom, patients=10, slices=16, kev="70,90,110", seed=0)
+    audit(dicom, source="90keV,110keV", target="70keV", out=manifest, val="P007", test="P008,P009,P010")
+    train(shipped_config("tiny.yaml"), manifest=manifest, run_dir=run_dir)
+    best = run_dir / "checkpoints" / "best" / "model.safetensors"
+    predict(best, manifest, predictions)
+    evaluate(predictions, manifest=manifest, protocol="dect", out=evaluation)
+    explain(best, manifest=manifest, out=evaluation)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    patients: int = 6,
+    slices: int = 8,
+    size: int = 128,
+    kev: Annotated[str, typer.Option(help="energies, comma-separated")] = "70,110",
+    seed: int = 0,
+) -> None:
+    """Write simulated dual-energy chest CT patients as DICOM."""
+    from seresvit.data import phantom
+
+    try:
+        energies = tuple(float(part) for part in kev.split(","))
+    except ValueError:
+        raise ConfigError(f"--kev {kev}: give energies in keV, comma-separated, such as 70,110") from None
+    phantom.simulate(out, patients=patients, slices=slices, size=size, kev=energies, seed=seed)
+    say(f"{patients} simulated patients at {kev} keV in {out}")
+
+
+@app.command()
+def audit(
+    root: Annotated[Path, typer.Argument(help="folder with all images")],
+    source: Annotated[str, typer.Option(help="source modalities, comma-separated, each a case of its own")],
+    target: Annotated[str, typer.Option(help="target modality")],
+    out: Annotated[Path, typer.Option("--out", help="manifest to write, audit.json beside it")] = Path("manifest.csv"),
+    layout: Annotated[
+        Literal["auto", "modality/patient", "patient/modality"], typer.Option(help="how the folders nest")
+    ] = "auto",
+    mask: Annotated[str | None, typer.Option(help="modality that holds masks or label images")] = None,
+    val: Annotated[str, typer.Option(help="validation patients, comma-separated; default: a random share")] = "",
+    test: Annotated[str, typer.Option(help="test patients, comma-separated; default: a random share")] = "",
+    exclude: Annotated[str, typer.Option(help="patients to leave out, comma-separated")] = "",
+    seed: Annotated[int, typer.Option(help="of the random split")] = 0,
+) -> None:
+    """Find the pairs in a folder, check them, write the manifest; exits 1 on any fault that would corrupt training."""
+    from seresvit.data import pairing
+
+    found = pairing.audit(
+        root,
+        _names(source),
+        target,
+        layout=layout,
+        mask=mask,
+        val=_names(val),
+        test=_names(test),
+        exclude=_names(exclude),
+        seed=seed,
+        progress=bar("auditing"),
+    )
+    for finding in found.warnings:
+        say(f"warning: {finding}")
+    for finding in found.faults:
+        say(f"fault: {finding}")
+    if not pairing.write(found, out):
+        raise DataError(
+            f"{root}: {len(found.faults)} faults, listed above and in {out.parent / 'audit.json'}; no manifest"
+        )
+    patients = {split: len({c.patient for c in found.cases if c.split == split}) for split in ("train", "val", "test")}
+    counts = ", ".join(f"{count} {split}" for split, count in patients.items())
+    say(f"{len(found.cases)} cases of {sum(patients.values())} patients ({counts}) → {out}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML of differences from the defaults, see configs/")],
+    manifest: Manifest,
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="run folder; the same command again resumes")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, print the settings, train nothing")
+    ] = False,
+) -> None:
+    """Train both stages: config → run folder."""
+    settings = load_config(config, overrides or [])
+    from seresvit.training import train as training
+
+    if dry_run:
+        say(training.describe(settings, manifest))
+        return
+    with training_bar() as progress:
+        best = training.train(settings, manifest, run_dir, progress)
+    say(f"trained; the best checkpoint is {best}")
+
+
+@app.command()
+def predict(
+    checkpoint: Checkpoint,
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="DICOM or PNG folder, NIfTI/MHA/NRRD file, or manifest.csv")
+    ],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    split: Annotated[str, typer.Option(help="which cases of a manifest: train, val, test or all")] = "test",
+    device: Device = "auto",
+    norm_statistics: NormStatistics = "running",
+) -> None:
+    """Synthesise: a checkpoint and a series, a volume or a manifest's cases → the same geometry, another contrast."""
+    from seresvit.synthesis.predict import Predictor, predict_manifest, predict_path
+
+    predictor = Predictor(checkpoint, device, norm_statistics)
+    if source.suffix != ".csv":
+        say(f"synthetic {predictor.target_name or 'target'} → {predict_path(predictor, source, out)}")
+        return
+    failures = predict_manifest(predictor, source, out, split, bar("synthesising"))
+    for failure in failures:
+        say(f"failed: {failure.name}: {failure.reason}")
+    if failures:
+        raise DataError(f"{source}: {len(failures)} cases failed, listed above; the others are in {out}")
+    say(f"synthetic {predictor.target_name or 'target'} of every {split} case → {out}")
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="folder that `seresvit predict` wrote for a manifest")],
+    manifest: Manifest,
+    out: Out,
+    protocol: Annotated[str, typer.Option(help="how to score; see docs/metrics.md")] = "dect",
+) -> None:
+    """Score predictions against their targets: slices.csv, cases.csv, summary.csv, evaluation.xlsx, report.html."""
+    from seresvit.evaluation import evaluate as evaluation
+    from seresvit.evaluation.report import write_report
+
+    result = evaluation.evaluate(predictions, manifest, protocol, out)
+    report = write_report(out, predictions, manifest)
+    show(evaluation.render_table(result))
+    say(f"tables → {out}, page → {report}")
+
+
+@app.command()
+def explain(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    out: Out,
+    split: Annotated[str, typer.Option(help="train, val, test or all")] = "test",
+    device: Device = "auto",
+) -> None:
+    """What the gates did: the share of transformer and CNN in each block for each image, against its tissue content."""
+    from seresvit.evaluation import gates
+    from seresvit.evaluation.report import write_report
+    from seresvit.synthesis.predict import Predictor
+
+    result = gates.explain(Predictor(checkpoint, device), manifest, out, split=split, progress=bar("reading gates"))
+    report = write_report(out)
+    show(gates.render_table(result))
+    say(f"gates → {out}, page → {report}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="latest_net_G.pth or model.safetensors")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="model.safetensors or latest_net_G.pth")],
+    overrides: Overrides = None,
+) -> None:
+    """Published .pth ↔ our checkpoint; state the intensity rule of a .pth with --set data.window_hu=[-1024,3071]."""
+    settings = load_config(None, overrides or [])
+    from seresvit.model import checkpoint
+
+    checkpoint.convert(source, out, settings.data)
+    say(f"{source} → {out}")
+
+
+def main() -> None:
+    """Run a command; an error that the user can mend is one line on stderr: exit 2 for bad usage, 1 for failed work."""
+    try:
+        app()
+    except ConfigError as error:
+        fail(error, 2)
+    except DataError as error:
+        fail(error, 1)
+    except OSError as error:
+        fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+
+
+def fail(error: object, code: int) -> None:
+    """Say what went wrong in one line and leave with that code."""
+    print(f"seresvit: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def say(text: str) -> None:
+    """One plain line."""
+    print(text, flush=True)
+
+
+def show(table: Any) -> None:
+    """A rich table, as wide as it needs to be where the output is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+
+
+def bar(verb: str) -> Callable[[list[Item]], Iterable[Item]]:
+    """What wraps a list to show its progress on stderr, with the rate and the time left."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return lambda items: track(items, description=verb, console=Console(stderr=True), transient=True)
+
+
+def training_bar() -> Any:
+    """A context that gives the `progress` of `train`: one bar a stage with images a second and time left."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bars() -> Any:
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        with Progress(
+            *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True)
+        ) as shown:
+            tasks: dict[int, Any] = {}
+
+            def progress(stage: int, images: int, total: int, note: str) -> None:
+                if stage not in tasks:
+                    tasks[stage] = shown.add_task(f"stage {stage}", total=total, completed=images, rate="", note="")
+                speed = shown.tasks[tasks[stage]].speed
+                rate = f"{speed:.1f} images/s" if speed else ""
+                shown.update(tasks[stage], completed=images, note=note, rate=rate)
+
+            yield progress
+
+    return bars()
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""NIfTI, MHA, NRRD and folders of PNG, in and out.
+
+Files keep their voxels in any order of axes. Inside the project the array is always turned to LPS (x to the patient's
+left, y to the back, z to the head), so that slices are axial and look as in DICOM; the writer turns it back.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+
+from seresvit.data.volume import DataError, Unit, Volume, written_whole
+
+NIFTI = (".nii", ".nii.gz")
+ITK = (".mha", ".nrrd")
+
+# nibabel's world is RAS, ours (and ITK's) LPS: both flip x and y.
+FLIP_XY = np.diag([-1.0, -1.0, 1.0, 1.0])
+# These formats do not name a unit. Only air in HU reaches so far below zero; MR and label values do not.
+HU_BELOW = -500.0
+# Deflate cannot compress more than 1032 times (RFC 1951: 258 bytes in 2 bits).
+MOST_DEFLATED = 1032
+ROOM_FOR_HEADER = 2**20
+
+
+def read_image(path: Path) -> Volume:
+    """The 3-D image in a NIfTI (format "nifti"), MHA or NRRD (format "itk") file, turned to LPS.
+
+    Slope and intercept are applied, single-element axes beyond the third dropped. Unit "HU" when the minimum is at or
+    below -500, which only a CT with air reaches, "arbitrary" otherwise. `headers` holds what `write_image` needs.
+    Raises DataError: not readable or shorter than its header says, not three axes, complex or RGB, a singular affine,
+    values that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give the path of an image")
+    return _read_nifti(path) if path.name.lower().endswith(NIFTI) else _read_itk(path)
+
+
+def write_image(volume: Volume, path: Path) -> None:
+    """Writes `volume.array` into the voxel order, affine and header that `read_image` met.
+
+    Data are int16 (rounded) for "HU" and float32 else; scale and display range are reset, all else of a NIfTI header is
+    untouched. Raises DataError: headers of another format, another size than the source file, values not finite or
+    beyond int16.
+    """
+    path = Path(path)
+    if volume.format not in ("nifti", "itk") or not volume.headers:
+        raise DataError(f"{path}: needs the header of an image file, found format {volume.format}; write it as that")
+    array = _storable(volume, path)
+    header = volume.headers[0]
+    if volume.format == "nifti":
+        shape, affine = tuple(header.get_data_shape()), header.get_best_affine()
+        array_xyz = _from_lps(array, affine, shape[:3], path)
+        header = header.copy()
+        header.set_data_dtype(array.dtype)
+        header.set_slope_inter(1, 0)
+        header["cal_min"] = header["cal_max"] = 0
+        image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+        # Given no affine, nibabel keeps every geometric field of the header as it is.
+        image = image_class(array_xyz.reshape(shape), None, header)
+        with written_whole(path) as temporary:
+            image.to_filename(temporary)
+        return
+    array_xyz = _from_lps(array, _itk_affine_ras(header), header["size"], path)
+    itk_image = sitk.GetImageFromArray(np.ascontiguousarray(array_xyz.T))
+    itk_image.SetOrigin(header["origin"])
+    itk_image.SetSpacing(header["spacing"])
+    itk_image.SetDirection(header["direction"])
+    with written_whole(path) as temporary:
+        try:
+            sitk.WriteImage(itk_image, temporary, useCompression=True)
+        except RuntimeError as error:
+            raise DataError(f"{path}: cannot be written ({_reason(error)}); choose another folder") from None
+
+
+def _read_nifti(path: Path) -> Volume:
+    try:
+        image: Any = nib.load(path)
+        shape, dtype = tuple(image.shape), image.get_data_dtype()
+        affine = np.asarray(image.affine, dtype=np.float64)
+    except Exception as error:  # nibabel raises its own and the decompressor's errors
+        raise DataError(f"{path}: not a readable NIfTI file ({_reason(error)}); write it again") from None
+    if dtype.kind not in "iuf":
+        kind = "complex" if dtype.kind == "c" else "RGB"
+        raise DataError(f"{path}: values must be plain numbers, found {kind}; save one grey component as float32")
+    if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+        raise DataError(f"{path}: an image has three axes, found {shape}; save one volume of the series to a file")
+    size = path.stat().st_size
+    _check_claim(path, shape, dtype.itemsize, size * (MOST_DEFLATED if path.suffix == ".gz" else 1))
+    try:
+        array_xyz = np.asarray(image.dataobj, dtype=np.float32).reshape(shape[:3])
+    except Exception as error:
+        raise DataError(f"{path}: values cannot be read ({_reason(error)}); copy the file again") from None
+    return _to_lps(array_xyz, affine, path, "nifti", image.header)
+
+
+def _read_itk(path: Path) -> Volume:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise DataError(f"{path}: not a readable image file ({_reason(error)}); write it again") from None
+    shape = reader.GetSize()
+    if reader.GetNumberOfComponents() != 1 or "complex" in sitk.GetPixelIDValueAsString(reader.GetPixelID()):
+        raise DataError(f"{path}: values must be plain numbers, found several components; save one grey component")
+    if len(shape) != 3:
+        raise DataError(f"{path}: an image has three axes, found {shape}; save one volume of the series to a file")
+    _check_claim(path, shape, 1, path.stat().st_size * MOST_DEFLATED)
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise DataError(f"{path}: values cannot be read ({_reason(error)}); copy the file again") from None
+    header = {
+        "size": image.GetSize(),
+        "origin": image.GetOrigin(),
+        "spacing": image.GetSpacing(),
+        "direction": image.GetDirection(),
+    }
+    array_xyz = sitk.GetArrayViewFromImage(image).astype(np.float32).T
+    return _to_lps(array_xyz, _itk_affine_ras(header), path, "itk", header)
+
+
+def _itk_affine_ras(header: dict[str, Any]) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(header["direction"], (3, 3)) * np.asarray(header["spacing"])
+    affine[:3, 3] = header["origin"]
+    return FLIP_XY @ affine
+
+
+def _to_lps(
+    array_xyz: np.ndarray, affine_ras: np.ndarray, path: Path, kind: Literal["nifti", "itk"], header: Any
+) -> Volume:
+    if not np.isfinite(affine_ras).all() or abs(np.linalg.det(affine_ras[:3, :3])) < 1e-9:
+        raise DataError(f"{path}: the affine must be invertible, found {affine_ras[:3].tolist()}; repair the header")
+    if bad := int((~np.isfinite(array_xyz)).sum()):
+        raise DataError(f"{path}: values must be finite, found {bad} that are not; replace them, for example by 0")
+    turn = _turn_to_lps(affine_ras)
+    affine = FLIP_XY @ affine_ras @ inv_ornt_aff(turn, array_xyz.shape)
+    array = np.ascontiguousarray(apply_orientation(array_xyz, turn).T)
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    normal /= np.linalg.norm(normal)
+    unit: Unit = "HU" if array.min() <= HU_BELOW else "arbitrary"
+    return Volume(
+        array=array,
+        affine=affine,
+        positions_mm=normal @ affine[:3, 3] + np.arange(len(array)) * (normal @ affine[:3, 2]),
+        unit=unit,
+        path=path,
+        format=kind,
+        modality="CT" if unit == "HU" else "",
+        headers=(header,),
+    )
+
+
+def _turn_to_lps(affine_ras: np.ndarray) -> np.ndarray:
+    return ornt_transform(io_orientation(affine_ras), axcodes2ornt("LPS"))
+
+
+def _from_lps(array: np.ndarray, affine_ras: np.ndarray, shape: tuple[int, ...], path: Path) -> np.ndarray:
+    """The inverse of the turn in `_to_lps`: (x, y, z) as in the file."""
+    back = ornt_transform(axcodes2ornt("LPS"), io_orientation(affine_ras))
+    array_xyz = apply_orientation(array.T, back)
+    if array_xyz.shape != tuple(shape):
+        raise DataError(
+            f"{path}: the source file has {tuple(shape)} voxels, found {array_xyz.shape}; predict all slices"
+        )
+    return array_xyz
+
+
+def _storable(volume: Volume, path: Path) -> np.ndarray:
+    if bad := int((~np.isfinite(volume.array)).sum()):
+        raise DataError(f"{path}: values must be finite, found {bad} that are not; nothing was written")
+    if volume.unit != "HU":
+        return volume.array.astype(np.float32)
+    rounded = np.rint(volume.array)
+    if rounded.min() < -32768 or rounded.max() > 32767:
+        raise DataError(f"{path}: HU must fit int16, found {rounded.min():g} to {rounded.max():g}; nothing was written")
+    return rounded.astype(np.int16)
+
+
+def _check_claim(path: Path, shape: tuple[int, ...], itemsize: int, most: int) -> None:
+    """Refuses before anything is allocated for it what the file cannot hold."""
+    claimed = itemsize * int(np.prod([int(n) for n in shape], dtype=object))
+    if claimed <= 0 or claimed > most + ROOM_FOR_HEADER:
+        raise DataError(f"{path}: {shape} voxels need {claimed} bytes, more than the file can hold; copy it again")
+
+
+def _reason(error: Exception) -> str:
+    """The last line of a library's message, which in ITK's is the one that tells."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][-160:] if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------ PNG
+
+
+def read_png_folder(folder: Path) -> Volume:
+    """8-bit grey PNG files, one a slice, in the order of the integer at the end of each file's stem.
+
+    `positions_mm` holds these integers, since PNG has no geometry: the affine has spacing 1 in the plane. Unit "uint8",
+    `headers` the stems. Raises DataError: no PNG, no or the same number in a name, differing sizes, not 8-bit grey.
+    """
+    folder = Path(folder)
+    paths: dict[int, Path] = {}
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() == ".png" and not p.name.startswith(".")):
+        digits = re.search(r"(\d+)$", path.stem)
+        if digits is None:
+            raise DataError(f"{path}: the file name must end in the slice number, as in slice_012.png; rename it")
+        number = int(digits[1])
+        if number in paths:
+            raise DataError(f"{path}: slice number {number} twice, also in {paths[number].name}; rename one")
+        paths[number] = path
+    if not paths:
+        raise DataError(f"{folder}: no PNG file found; give the folder that holds the slices of one case")
+    numbers = sorted(paths)
+    slices = [_read_png(paths[number]) for number in numbers]
+    for number, pixels in zip(numbers, slices, strict=True):
+        if pixels.shape != slices[0].shape:
+            raise DataError(
+                f"{paths[number]}: all slices must have one size, found {pixels.shape} against {slices[0].shape} in"
+                f" {paths[numbers[0]].name}; give each case a folder of its own"
+            )
+    affine = np.eye(4)
+    affine[2, 2] = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    affine[2, 3] = numbers[0]
+    return Volume(
+        array=np.stack(slices).astype(np.float32),
+        affine=affine,
+        positions_mm=np.asarray(numbers, dtype=np.float64),
+        unit="uint8",
+        path=folder,
+        format="png",
+        headers=tuple(paths[number].stem for number in numbers),
+    )
+
+
+def write_png_folder(volume: Volume, folder: Path) -> None:
+    """Writes one 8-bit grey PNG a slice under the stems in `volume.headers`; values are rounded and clipped to 0..255.
+
+    `folder` must be new or empty; it appears when complete. Raises DataError: stems and slices differ in number, unit
+    not "uint8", values not finite.
+    """
+    folder = Path(folder)
+    if len(volume.headers) != len(volume.array) or volume.unit != "uint8":
+        raise DataError(
+            f"{folder}: PNG needs uint8 and a name a slice, found {volume.unit} and {len(volume.headers)} names for"
+            f" {len(volume.array)} slices; write it in the format of its source"
+        )
+    if bad := int((~np.isfinite(volume.array)).sum()):
+        raise DataError(f"{folder}: values must be finite, found {bad} that are not; nothing was written")
+    pixels = np.rint(volume.array).clip(0, 255).astype(np.uint8)
+    with written_whole(folder) as temporary:
+        temporary.mkdir()
+        for stem, plane in zip(volume.headers, pixels, strict=True):
+            sitk.WriteImage(sitk.GetImageFromArray(plane), temporary / f"{stem}.png")
+
+
+def _read_png(path: Path) -> np.ndarray:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        if reader.GetPixelID() != sitk.sitkUInt8:
+            found = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+            raise DataError(f"{path}: PNG must be 8-bit grey, found {found}; convert it, or give the original as NIfTI")
+        _check_claim(path, reader.GetSize(), 1, path.stat().st_size * MOST_DEFLATED)
+        return sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        raise DataError(f"{path}: not a readable PNG ({_reason(error)}); copy the file again") from None

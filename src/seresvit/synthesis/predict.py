@@ -1,0 +1,203 @@
+"""Predictor: Volume → Volume, the only inference path in the project; and writing its results case by case."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from seresvit import __version__
+from seresvit.config import ConfigError, DataSettings
+from seresvit.data import read_volume, write_volume
+from seresvit.data.intensity import Intensity, intensity_of
+from seresvit.data.pairing import Case, load_channels, matched_slices, read_manifest
+from seresvit.data.volume import DataError, Volume, same_grid, written_whole
+from seresvit.model import checkpoint
+
+RECORD = "prediction.json"
+BATCH_SIZE = 8
+
+
+class Predictor:
+    """A trained network and all that its checkpoint says of its input and output."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: str = "auto",
+        norm_statistics: Literal["running", "image"] = "running",
+    ):
+        """Raises CheckpointError for an unusable file, ConfigError for a device that is not there.
+
+        `norm_statistics="image"` normalises each image by its own statistics, dropout off: what published code did at
+        test time by leaving its generator in train mode. It is for checkpoints that were chosen so.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"--device {device}: no CUDA device is visible; use --device cpu")
+        self.path = Path(path)
+        self.net = checkpoint.load(path, device)
+        self.header = self.net.header
+        self.device = torch.device(device)
+        self.data = DataSettings.model_validate(self.header["data"])
+        self.batch_size = BATCH_SIZE
+        if norm_statistics == "image":
+            self.batch_size = 1
+            for module in self.net.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.train()
+                    module.momentum = 0.0
+
+    def __call__(self, *sources: Volume) -> Volume:
+        """The synthetic volume on the grid of the first source, in the target's unit, float32.
+
+        Several sources are the input channels, in the order of `data.channels`. Raises DataError for a number of
+        sources or an intensity unit that the network was not trained on, and for sources that do not share a grid.
+        """
+        synthetic = [self._synthesise(batch).float().cpu().numpy() for batch in self.batches(*sources)]
+        values = np.concatenate(synthetic)[:, 0]
+        if not np.isfinite(values).all():
+            raise DataError(f"{sources[0].path}: the network gave values that are not finite; check {self.path}")
+        target = self._target_intensity(sources[0])
+        return replace(sources[0], array=target.restore(values), unit=target.unit, energy_kev=self.target_energy_kev)
+
+    @property
+    def target_name(self) -> str:
+        """What the network synthesises, as the manifest of its training called it."""
+        return self.header.get("target", "")
+
+    @property
+    def target_energy_kev(self) -> float | None:
+        """The energy that the target's name states, None when it states none."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?keV", self.target_name, re.IGNORECASE)
+        return float(found[1]) if found else None
+
+    def batches(self, *sources: Volume) -> Iterator[torch.Tensor]:
+        """The slices as the network takes them: (B, C, H, W) float32 in [-1, 1] on its device, in order."""
+        channels = self.net.settings.in_channels
+        if len(sources) != channels:
+            raise DataError(
+                f"{sources[0].path}: {len(sources)} source given, {self.path.name} takes {channels} channels"
+            )
+        for other in sources[1:]:
+            difference = same_grid(sources[0], other)
+            if difference or len(other.array) != len(sources[0].array):
+                raise DataError(f"{other.path}: differs from {sources[0].path} in {difference or 'number of slices'}")
+        rules = [intensity_of(volume, self.data.intensity.source, self.data) for volume in sources]
+        for start in range(0, len(sources[0].array), self.batch_size):
+            stop = start + self.batch_size
+            planes = [rule.normalise(volume.array[start:stop]) for rule, volume in zip(rules, sources, strict=True)]
+            yield torch.from_numpy(np.stack(planes, axis=1)).to(self.device)
+
+    @torch.inference_mode()
+    def _synthesise(self, batch_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.net(batch_BCHW)
+
+    def _target_intensity(self, source: Volume) -> Intensity:
+        """The rule recorded in training; an imported network has none and gets the rule of its settings."""
+        recorded = self.header.get("target_intensity")
+        return (
+            Intensity.from_dict(recorded) if recorded else intensity_of(source, self.data.intensity.target, self.data)
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that could not be predicted, and why, in one line."""
+
+    name: str
+    reason: str
+
+
+def predict_path(predictor: Predictor, source: Path, out: Path) -> Path:
+    """Synthesise one folder of DICOM or PNG, or one image file, into the folder `out`, whole or not at all."""
+    return _predict_into(predictor, (read_volume(source),), out, name=source.name, patient="", source=source.name)
+
+
+def predict_manifest(
+    predictor: Predictor,
+    manifest: Path,
+    out: Path,
+    split: str = "test",
+    progress: Callable[[list[tuple[Case, ...]]], Iterable[tuple[Case, ...]]] = iter,
+) -> list[Failure]:
+    """Synthesise every case of a split into OUT/<case>; the cases that failed, the others being done all the same.
+
+    Raises ConfigError when the split has no case.
+    """
+    groups = [
+        g for g in load_channels(read_manifest(manifest), predictor.data.channels) if split in ("all", g[0].split)
+    ]
+    if not groups:
+        raise ConfigError(f"{manifest}: no case in the split '{split}'; choose --split train, val, test or all")
+    failures = []
+    for group in progress(groups):
+        source = "+".join(case.source for case in group)
+        name = f"{group[0].patient}_{source}"
+        try:
+            volumes = on_common_slices([read_volume(case.source_path) for case in group])
+            _predict_into(predictor, volumes, out / name, name=name, patient=group[0].patient, source=source)
+        except DataError as error:
+            failures.append(Failure(name, str(error)))
+    return failures
+
+
+def on_common_slices(volumes: list[Volume]) -> tuple[Volume, ...]:
+    """The volumes cut to the slice positions that all of them have."""
+    first = volumes[0]
+    for other in volumes[1:]:
+        first = _taken(first, matched_slices(first, other)[0])
+    return first, *(_taken(other, matched_slices(first, other)[1]) for other in volumes[1:])
+
+
+def _taken(volume: Volume, index: np.ndarray) -> Volume:
+    if len(index) == len(volume.array):
+        return volume
+    headers = tuple(volume.headers[i] for i in index) if len(volume.headers) == len(volume.array) else volume.headers
+    return replace(volume, array=volume.array[index], positions_mm=volume.positions_mm[index], headers=headers)
+
+
+def _predict_into(
+    predictor: Predictor, sources: tuple[Volume, ...], out: Path, *, name: str, patient: str, source: str
+) -> Path:
+    started_s = time.monotonic()
+    synthetic = predictor(*sources)
+    elapsed_s = time.monotonic() - started_s
+    target = predictor.target_name or "target"
+    with written_whole(out) as temporary:
+        temporary.mkdir()
+        written = write_volume(
+            synthetic,
+            temporary,
+            description=f"Synthetic {target} (SE-ResViT)",
+            energy_kev=predictor.target_energy_kev,
+        )
+        record = {
+            "patient": patient,
+            "source": source,
+            "target": target,
+            "path": str(written.relative_to(temporary)),
+            "checkpoint": str(predictor.path.absolute()),
+            "checkpoint_sha256": _sha256(predictor.path),
+            "run": predictor.header.get("run", ""),
+            "intensity": predictor._target_intensity(sources[0]).as_dict(),
+            "num_slices": len(synthetic.array),
+            "elapsed_s": round(elapsed_s, 3),
+            "device": str(predictor.device),
+            "seresvit_version": __version__,
+        }
+        (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return out
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,282 @@
+"""Small images whose errors are known by hand, written by pydicom, nibabel and Pillow, evaluated from disk."""
+
+import csv
+import io
+import json
+import shutil
+
+import nibabel
+import numpy as np
+import openpyxl
+import pandas as pd
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from rich.console import Console
+
+from seresvit.config import ConfigError
+from seresvit.data.volume import DataError
+from seresvit.evaluation.evaluate import evaluate, render_table
+from seresvit.evaluation.metrics import score
+
+FRAME = generate_uid()
+
+
+def write_dicom(folder, array_hu, names=None):
+    folder.mkdir(parents=True)
+    study, series = generate_uid(), generate_uid()
+    for z, plane in enumerate(array_hu):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds = pydicom.Dataset()
+        ds.file_meta = meta
+        ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        ds.PatientID, ds.PatientName, ds.Modality, ds.InstanceNumber = folder.name, "A^B", "CT", z + 1
+        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = study, series, FRAME
+        ds.ImagePositionPatient, ds.ImageOrientationPatient = [0, 0, 2.5 * z], [1, 0, 0, 0, 1, 0]
+        ds.PixelSpacing, ds.SliceThickness = [1, 1], 2.5
+        ds.Rows, ds.Columns = plane.shape
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+        ds.RescaleIntercept, ds.RescaleSlope = -1024, 1
+        ds.PixelData = (plane + 1024).astype("<u2").tobytes()
+        name = (names or [f"{z}" for z in range(len(array_hu))])[z]
+        ds.save_as(folder / f"{name}.dcm", enforce_file_format=True)
+    return folder
+
+
+def write_nifti(path, array_zyx):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array_zyx.transpose(2, 1, 0).astype(np.float32), np.diag([-1, -1, 1, 1])), path)
+    return path
+
+
+def write_png(folder, array):
+    folder.mkdir(parents=True)
+    for z, plane in enumerate(array):
+        Image.fromarray(plane.astype(np.uint8)).save(folder / f"{z + 1:03}.png")
+    return folder
+
+
+def write_prediction(folder, patient, source, path=".", **more):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prediction.json").write_text(json.dumps({"patient": patient, "source": source, "path": path, **more}))
+
+
+def write_manifest(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["patient", "split", "source", "target", "source_path", "target_path", "mask_path"])
+        writer.writerows(rows)
+    return path
+
+
+def row(frame, **where):
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    assert len(frame) == 1
+    return frame.iloc[0]
+
+
+@pytest.fixture
+def dect(tmp_path):
+    """P1 and P2 (test) and their predictions; the error of slice z of P1 is 10 (z + 1), of the source always 30."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for patient, factor in (("P1", 1), ("P2", 3)):
+        target = rng.integers(-900, 1500, (2, 16, 16))
+        write_dicom(tmp_path / "70keV" / patient, target)
+        write_dicom(tmp_path / "110keV" / patient, target + 30)
+        folder = tmp_path / "predictions" / f"{patient}_110keV"
+        write_dicom(folder, target + factor * np.array([10, 20])[:, None, None])
+        write_prediction(folder, patient, "110keV")
+        rows.append([patient, "test", "110keV", "70keV", f"110keV/{patient}", f"70keV/{patient}", ""])
+    labels = np.zeros((2, 16, 16), int)
+    labels[0, 0, :4] = labels[1, 0, :12] = 1
+    labels[0, 5] = 2
+    write_dicom(tmp_path / "labels" / "P1", labels)
+    (tmp_path / "labels" / "labels.json").write_text('{"iodine": 1, "bone": 2}')
+    rows[0][-1] = "labels/P1"
+    write_manifest(tmp_path / "manifest.csv", rows)
+    return tmp_path
+
+
+def run(folder, protocol="dect", out="out"):
+    return evaluate(folder / "predictions", folder / "manifest.csv", protocol, folder / out)
+
+
+def test_dect_by_hand(dect):
+    result = run(dect)
+    of_p1 = row(result.cases, patient="P1", method="synthetic")
+    assert of_p1["mae"] == pytest.approx(15) and of_p1["rmse"] == pytest.approx(15) and of_p1["slices"] == 2
+    assert of_p1["psnr"] == pytest.approx(np.mean(20 * np.log10(4095 / np.array([10, 20]))))
+    assert row(result.cases, patient="P2", method="source unchanged")["mae"] == pytest.approx(30)
+    second = row(result.slices, patient="P1", method="synthetic", slice=1)
+    assert second["mae"] == pytest.approx(20) and second["position_mm"] == pytest.approx(2.5)
+    summary = row(result.summary, source="all", method="synthetic")
+    assert summary["mae_mean"] == pytest.approx(30) and summary["mae_std"] == pytest.approx(30 / np.sqrt(2))
+    assert (summary["patients"], summary["cases"], summary["slices"]) == (2, 2, 4)
+
+
+def test_labels_are_weighed_by_their_voxels(dect):
+    result = run(dect)
+    of_p1 = row(result.cases, patient="P1", method="synthetic")
+    assert of_p1["mae_iodine"] == pytest.approx((4 * 10 + 12 * 20) / 16)
+    assert of_p1["mae_bone"] == pytest.approx(10)
+    assert np.isnan(row(result.slices, patient="P1", method="synthetic", slice=1)["mae_bone"])
+    assert np.isnan(row(result.cases, patient="P2", method="synthetic")["mae_bone"])
+    assert row(result.summary, source="110keV", method="synthetic")["mae_bone_mean"] == pytest.approx(10)
+
+
+def test_a_perfect_prediction_has_an_infinite_psnr(dect):
+    for patient in ("P1", "P2"):
+        folder = dect / "predictions" / f"{patient}_110keV"
+        for file in folder.glob("*.dcm"):
+            shutil.copy(dect / "70keV" / patient / file.name, file)
+    summary = row(run(dect).summary, source="all", method="synthetic")
+    assert (summary["mae_mean"], summary["psnr_mean"], summary["ssim_mean"]) == (0, np.inf, pytest.approx(1))
+
+
+def test_names_of_files_decide_nothing(dect):
+    before = run(dect)
+    folder = dect / "predictions" / "P1_110keV"
+    (folder / "0.dcm").rename(folder / "z.dcm")
+    after = run(dect, out="again")
+    pd.testing.assert_frame_equal(before.slices, after.slices)
+
+
+def test_files(dect):
+    result = run(dect)
+    assert sorted(p.name for p in (dect / "out").iterdir()) == [
+        "cases.csv",
+        "evaluation.xlsx",
+        "slices.csv",
+        "summary.csv",
+    ]
+    pd.testing.assert_frame_equal(pd.read_csv(dect / "out" / "cases.csv"), result.cases)
+    pd.testing.assert_frame_equal(pd.read_csv(dect / "out" / "summary.csv"), result.summary)
+    book = openpyxl.load_workbook(dect / "out" / "evaluation.xlsx")
+    assert book.sheetnames == ["Summary", "Patient_Average", "Detail"]
+    for sheet, frame in zip(book, (result.summary, result.cases, result.slices), strict=True):
+        assert [cell.value for cell in sheet[1]] == list(frame.columns) and sheet["A1"].font.bold
+        assert sheet.freeze_panes == "A2" and sheet.max_row == len(frame) + 1
+    columns = [cell.value for cell in book["Detail"][1]]
+    assert book["Detail"].cell(2, columns.index("ssim") + 1).number_format == "0.0000"
+
+
+def test_table(dect):
+    console = Console(width=200, file=io.StringIO())
+    console.print(render_table(run(dect)))
+    text = console.file.getvalue()
+    assert "30.00 ± 21.21" in text and "PSNR [dB]" in text and "MAE iodine [HU]" in text and "all" not in text
+
+
+def test_faults_are_listed_and_nothing_is_written(dect):
+    shutil.rmtree(dect / "predictions" / "P2_110keV")
+    write_prediction(dect / "predictions" / "stranger", "P9", "110keV")
+    (dect / "predictions" / "empty").mkdir()
+    with pytest.raises(DataError) as caught:
+        run(dect)
+    message = str(caught.value)
+    assert all(name in message for name in ("P2_110keV", "stranger", "empty")) and "\n" not in message
+    assert not (dect / "out").exists()
+
+
+def test_a_missing_slice_is_refused(dect):
+    (dect / "predictions" / "P1_110keV" / "1.dcm").unlink()
+    with pytest.raises(DataError, match=r"P1_110keV lacks 1 of 2 slices .* 2\.50 mm"):
+        run(dect)
+    assert not (dect / "out").exists()
+
+
+def test_a_protocol_for_other_units_is_refused(dect):
+    with pytest.raises(DataError, match="HU values, protocol uint8"):
+        run(dect, "uint8")
+    with pytest.raises(ConfigError, match="did you mean dect"):
+        run(dect, "dectt")
+
+
+def test_a_slice_that_source_and_target_do_not_share_is_left_out(dect):
+    (dect / "110keV" / "P1" / "0.dcm").unlink()
+    result = run(dect)
+    assert row(result.cases, patient="P1", method="synthetic")["mae"] == pytest.approx(20)
+
+
+def test_splits_are_not_mixed(dect):
+    rows = list(csv.reader((dect / "manifest.csv").read_text().splitlines()))[1:]
+    rows[1][1] = "train"
+    write_manifest(dect / "manifest.csv", rows)
+    result = run(dect)
+    assert row(result.summary, split="test", source="110keV", method="synthetic")["mae_mean"] == pytest.approx(15)
+    assert row(result.summary, split="train", source="110keV", method="synthetic")["mae_mean"] == pytest.approx(45)
+    # The source is 30 too bright everywhere, in the training patient as in the other.
+    assert row(result.cases, split="test", method="intensity curve")["mae"] < 10
+
+
+def test_volume_protocols_take_the_labels_as_mask(tmp_path):
+    rng = np.random.default_rng(3)
+    target = rng.integers(-900, 1500, (8, 24, 24))
+    prediction = target + rng.integers(-40, 40, target.shape)
+    mask = np.zeros(target.shape, int)
+    mask[1:, 4:20, 4:20] = 1
+    write_dicom(tmp_path / "CT" / "P1", target)
+    write_dicom(tmp_path / "CBCT" / "P1", target + 5)
+    write_dicom(tmp_path / "mask" / "P1", mask)
+    write_dicom(tmp_path / "predictions" / "P1_CBCT", prediction)
+    write_prediction(tmp_path / "predictions" / "P1_CBCT", "P1", "CBCT")
+    write_manifest(tmp_path / "manifest.csv", [["P1", "test", "CBCT", "CT", "CBCT/P1", "CT/P1", "mask/P1"]])
+    result = run(tmp_path, "synthrad2023")
+    expected = score(target, prediction, mask, "synthrad2023")
+    assert dict(row(result.cases, method="synthetic")[list(expected)]) == pytest.approx(expected)
+    of_slices = result.slices[result.slices["method"] == "synthetic"]["mae"]
+    assert np.isnan(of_slices.iloc[0])
+    assert of_slices.iloc[3] == pytest.approx(np.abs(prediction - target)[3, 4:20, 4:20].mean())
+    assert result.slices.columns[-2:].tolist() == ["mae", "mae_mask"]
+
+
+def test_the_intensity_curve_learns_a_monotone_map_from_training_patients(tmp_path):
+    rng = np.random.default_rng(4)
+    rows = []
+    for patient, split in (("P1", "train"), ("P2", "test")):
+        source = rng.integers(0, 256, (2, 32, 32))
+        write_png(tmp_path / "MRI" / patient, source)
+        write_png(tmp_path / "CT" / patient, source**2 // 255)
+        rows.append([patient, split, "MRI", "CT", f"MRI/{patient}", f"CT/{patient}", ""])
+    shutil.copytree(tmp_path / "MRI" / "P2", tmp_path / "predictions" / "P2_MRI")
+    write_prediction(tmp_path / "predictions" / "P2_MRI", "P2", "MRI")
+    write_manifest(tmp_path / "manifest.csv", rows)
+    result = run(tmp_path, "uint8")
+    assert row(result.cases, method="intensity curve")["mae"] < 0.1
+    assert row(result.cases, method="source unchanged")["mae"] > 20
+
+
+def mr_case(folder, **record):
+    rng = np.random.default_rng(5)
+    images = {name: rng.uniform(0, 500, (2, 16, 16)) for name in ("T1", "FLAIR", "T2")}
+    for name, image in images.items():
+        write_nifti(folder / name / "P1.nii.gz", image)
+    rows = [["P1", "test", name, "T2", f"{name}/P1.nii.gz", "T2/P1.nii.gz", ""] for name in ("T1", "FLAIR")]
+    write_manifest(folder / "manifest.csv", rows)
+    prediction = folder / "predictions" / "P1_T1+FLAIR"
+    write_nifti(prediction / "synthetic.nii.gz", 3 * images["T2"])
+    write_prediction(prediction, "P1", "T1+FLAIR", "synthetic.nii.gz", **record)
+    return images
+
+
+def test_several_channels_of_mr(tmp_path):
+    images = mr_case(tmp_path)
+    result = run(tmp_path, "mr")
+    assert result.cases["source"].tolist() == ["T1+FLAIR"] * 2
+    assert row(result.cases, method="synthetic")["mae"] == pytest.approx(0, abs=1e-6)
+    expected = score(images["T2"], images["T1"], protocol="mr")
+    assert row(result.cases, method="source unchanged")["nmse"] == pytest.approx(expected["nmse"], rel=1e-5)
+
+
+def test_the_recorded_scale_of_an_mr_prediction_counts(tmp_path):
+    images = mr_case(tmp_path, intensity={"kind": "percentile", "low": 0, "high": 500.0, "unit": "arbitrary"})
+    expected = score(images["T2"], 3 * images["T2"], protocol="mr", prediction_scale=500.0)
+    assert expected["mae"] > 0.1
+    assert row(run(tmp_path, "mr").cases, method="synthetic")["mae"] == pytest.approx(expected["mae"], rel=1e-5)
