@@ -32,13 +32,17 @@ def read_volume(path: Path) -> Volume:
 def write_volume(volume: Volume, path: Path, *, description: str, energy_kev: float | None = None) -> Path:
     """Writes `volume` under the folder `path` in its own format; what comes back is what `read_volume` reads again.
 
-    DICOM and PNG fill the folder, which must be new or empty; NIfTI and ITK images become `synthetic.nii.gz`, `.mha` or
-    `.nrrd` in it. `description` and `energy_kev` label a DICOM series. Raises DataError as the writers do.
+    DICOM and PNG become the folder, whatever stood there (never its source); NIfTI and ITK images become
+    `synthetic.nii.gz`, `.mha` or `.nrrd` in it. `description` and `energy_kev` label a DICOM series. Raises DataError
+    as the writers do.
     """
     from seresvit.data.dicom import write_derived
     from seresvit.data.nifti import write_image, write_png_folder
 
     path = Path(path)
+    source = volume.path.resolve()
+    if volume.format in ("dicom", "png") and path.resolve() in (source, *source.parents):
+        raise DataError(f"{path}: holds the source, which the new slices would replace; choose another folder")
     if volume.format == "dicom":
         write_derived(volume, path, description=description, energy_kev=energy_kev)
         return path

@@ -243,7 +243,7 @@ def read_png_folder(folder: Path) -> Volume:
 def write_png_folder(volume: Volume, folder: Path) -> None:
     """Writes one 8-bit grey PNG a slice under the stems in `volume.headers`; values are rounded and clipped to 0..255.
 
-    `folder` must be new or empty; it appears when complete. Raises DataError: stems and slices differ in number, unit
+    `folder` is replaced when all is written. Raises DataError: stems and slices differ in number, unit
     not "uint8", values not finite.
     """
     folder = Path(folder)

@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from textwrap import shorten
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -23,11 +25,11 @@ from seresvit.data.volume import DataError, Volume, same_grid, written_whole
 
 Split = Literal["train", "val", "test", "none"]
 Images = dict[str, dict[str, Path]]  # modality → patient → folder or file
+Problem = tuple[Volume, str, str, str]  # the image at fault, then a Finding's rule, found and remedy
 COLUMNS = ("patient", "split", "source", "target", "source_path", "target_path", "mask_path")
-LAYOUTS = {"modality/patient": "ROOT/{}/P001", "patient/modality": "ROOT/P001/{}"}
+LAYOUTS = ("modality/patient", "patient/modality")
 IMAGE_FILE = re.compile(r"(.+?)\.(nii|nii\.gz|mha|nrrd)", re.IGNORECASE)
 USUAL_MASKS = ("labels", "mask")
-
 # Two slices at one place, written by different software, differ by rounding of their decimal strings only.
 SLICE_TOLERANCE_MM = 0.01
 
@@ -91,51 +93,47 @@ def audit(
 ) -> Audit:
     """The pairs below `root`, checked and split by patient.
 
-    `layout` is one of LAYOUTS or "auto"; `mask` names the mask modality (None: "labels" or "mask" where present);
-    `val`, `test` and `exclude` name patient folders, and a split without names is drawn by its share; `progress` wraps
-    the cases as they are read. Raises DataError when nothing can be paired, ConfigError for an unusable option.
+    `mask` names the mask modality (None: "labels" or "mask" if present); `val`, `test` and `exclude` name patients, and
+    a split without names is drawn by its share; `progress` wraps the cases as they are read. Raises DataError when
+    nothing can be paired, ConfigError for an unusable option.
     """
     root, val, test, exclude = Path(root).absolute(), list(val), list(test), list(exclude)
-    if not sources or len({*sources, target}) != len(sources) + 1:
+    modalities = [*sources, target]
+    if not sources or len({*modalities, mask}) != len(modalities) + 1:
         raise ConfigError(f"--source {','.join(sources)} --target {target}: give different modalities, each once")
-    layout, images = _find(root, [*sources, target], layout, (mask,) if mask else USUAL_MASKS)
-    masks = next((images.pop(name) for name in (mask, *USUAL_MASKS) if name in images.keys() - {*sources, target}), {})
-    if mask and not masks:
-        raise DataError(f"{root}: no mask {LAYOUTS[layout].format(mask)} for any patient; change --mask")
+    masks_to_try = [mask] if mask else [usual for usual in USUAL_MASKS if usual not in modalities]
+    layout, images = _find(root, modalities, layout, masks_to_try)
+    if mask and mask not in images:
+        raise DataError(f"{root}: no mask {mask} in the layout {layout}; change --mask")
+    mask = next((name for name in masks_to_try if name in images), None)
+    masks = images[mask] if mask else {}
+    images = {modality: images[modality] for modality in modalities}
     patients = _without(sorted({patient for found in images.values() for patient in found}), exclude)
     paired = [p for p in patients if p in images[target] and any(p in images[source] for source in sources)]
     if not paired:
-        lacking = f"no patient with both a source ({', '.join(sources)}) and the target ({target})"
-        raise DataError(f"{root}: {lacking}, found {_listed(patients)}; name a patient alike on both sides")
+        found = shorten(", ".join(patients), 200)
+        raise DataError(f"{root}: no patient with both a source and {target}, found {found}; name patients alike")
     splits = split_patients(paired, val, test, val_share, test_share, seed)
-    cases = [
-        Case(p, splits[p], source, target, images[source][p], images[target][p], masks.get(p))
-        for p in paired
-        for source in sources
-        if p in images[source]
-    ]
+    chosen = [(p, source) for p in paired for source in sources if p in images[source]]
+    cases = [Case(p, splits[p], s, target, images[s][p], images[target][p], masks.get(p)) for p, s in chosen]
     faults: list[Finding] = []
     sides = images | ({"mask": masks} if masks else {})
     lacks = {p: ", ".join(name for name, found in sides.items() if p not in found) for p in patients}
-    warnings = [Finding(p, "every image", f"no {lacks[p]}", "add it, or go on without") for p in patients if lacks[p]]
+    warned = [Finding(p, "every image", f"no {lacks[p]}", "add it, or go on without") for p in patients if lacks[p]]
     geometry = []
     for case in progress(cases):
         if loaded := _load(case, faults):
-            faults += [finding for check in FAULTS for finding in check(loaded)]
-            warnings += [finding for check in WARNINGS for finding in check(loaded)]
+            faults += _findings(FAULTS, loaded)
+            warned += _findings(WARNINGS, loaded)
             geometry.append(_geometry(loaded))
-    settings: dict[str, Any] = {"sources": list(sources), "target": target, "layout": layout, "mask": mask}
+    settings: dict[str, Any] = {"sources": sources, "target": target, "layout": layout, "mask": mask, "seed": seed}
     settings |= {"val": val, "test": test, "exclude": exclude, "val_share": val_share, "test_share": test_share}
-    settings["seed"] = seed
     # A target that belongs to several sources is checked with each: what is wrong with it is said once.
-    return Audit(cases, list(dict.fromkeys(faults)), list(dict.fromkeys(warnings)), settings, geometry)
+    return Audit(cases, list(dict.fromkeys(faults)), list(dict.fromkeys(warned)), settings, geometry)
 
 
 def _find(root: Path, modalities: list[str], layout: str, masks: Iterable[str]) -> tuple[str, Images]:
-    """The layout that holds every modality, and its images, masks included.
-
-    Raises DataError when no layout does, when "auto" finds that both do, or when a patient has an image twice.
-    """
+    """The layout that holds every modality, and its images, masks included; raises DataError for none or both."""
     if layout not in (*LAYOUTS, "auto"):
         raise ConfigError(f"--layout {layout}: expected auto, {' or '.join(LAYOUTS)}")
     if not root.is_dir():
@@ -149,17 +147,20 @@ def _find(root: Path, modalities: list[str], layout: str, masks: Iterable[str]) 
         raise DataError(f"{root}: both {' and '.join(fitting)} fit what is there; say which one with --layout")
     lacking = min(([m for m in modalities if m not in images] for images in found.values()), key=len)[0]
     there = sorted(path.name for path in root.iterdir() if path.name[0] != ".")
-    near = difflib.get_close_matches(lacking, [*there, *(_name(path) for path in root.glob("*/*"))], n=1)
-    expected = " or ".join(LAYOUTS[one].format(lacking) for one in asked)
+    near = difflib.get_close_matches(
+        lacking, [*there, *(path.name.partition(".")[0] for path in root.glob("*/*"))], n=1
+    )
     remedy = (f"did you mean {near[0]}? " if near else "") + "Change --source, --target or --layout"
-    raise DataError(f"{root}: no {expected}, found {_listed(there)}; {remedy}")
+    where = f"{' or '.join(asked)}, found {shorten(', '.join(there), 200) or 'nothing'}"
+    raise DataError(f"{root}: no {lacking} in the layout {where}; {remedy}")
 
 
 def _images(root: Path, layout: str, modalities: set[str]) -> Images:
     images: Images = {}
     for path in sorted(root.glob("*/*")):
-        names = path.parent.name, _name(path)
-        patient, modality = names if layout == "patient/modality" else names[::-1]
+        image = IMAGE_FILE.fullmatch(path.name)
+        name = path.name if path.is_dir() else image[1] if image else ""
+        patient, modality = (path.parent.name, name) if layout == "patient/modality" else (name, path.parent.name)
         if modality in modalities and patient and patient[0] != ".":
             first = images.setdefault(modality, {}).setdefault(patient, path)
             if first != path:
@@ -167,19 +168,9 @@ def _images(root: Path, layout: str, modalities: set[str]) -> Images:
     return images
 
 
-def _name(path: Path) -> str:
-    """The name of a folder, or of an image file without its suffix; empty for other files."""
-    image = IMAGE_FILE.fullmatch(path.name)
-    return path.name if path.is_dir() else image[1] if image else ""
-
-
 def _short(path: Path) -> str:
     """The path below the audited root, which in both layouts is a folder and what it holds."""
     return "/".join(path.parts[-2:])
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def split_patients(
@@ -197,7 +188,8 @@ def split_patients(
     if both := sorted(val & test):
         raise ConfigError(f"{both[0]}: named for validation and for test; name a patient once")
     drawn = sorted(set(patients) - val - test, key=lambda p: hashlib.blake2b(f"{seed} {p}".encode()).digest())
-    for named, share in ((test, test_share), (val, val_share)):
+    # The smaller share first: the larger one then cannot leave it without a patient.
+    for named, share in sorted(((test, test_share), (val, val_share)), key=lambda pair: pair[1]):
         if not named and share:
             count = max(1, round(share * len(patients))) if len(patients) >= 3 else 0
             named.update(drawn.pop() for _ in range(min(count, len(drawn) - 1)))
@@ -213,8 +205,7 @@ def _without(patients: list[str], names: Iterable[str]) -> list[str]:
     return [p for p in patients if p not in set(names)]
 
 
-@dataclass(frozen=True, eq=False)
-class _Loaded:
+class _Loaded(NamedTuple):
     """A case with its images, as a check sees it."""
 
     case: Case
@@ -222,96 +213,92 @@ class _Loaded:
     target: Volume
     mask: Volume | None
 
-    @property
-    def modalities(self) -> tuple[tuple[str, Volume], ...]:
-        return (self.case.source, self.source), (self.case.target, self.target)
-
 
 def _load(case: Case, faults: list[Finding]) -> _Loaded | None:
     """The images of a case, None when source or target cannot be read; what cannot be read joins `faults`."""
-    volumes = {}
+    volumes: dict[Path | None, Volume] = {}
     for path in filter(None, (case.source_path, case.target_path, case.mask_path)):
         try:
             volumes[path] = read_volume(path)
         except DataError as error:
-            found = str(error).removeprefix(f"{path}: ").replace(f"{path.parents[1]}{os.sep}", "")
-            faults.append(Finding(_short(path), "readable", found, "mend it, or leave the patient out"))
-    if not volumes.keys() >= {case.source_path, case.target_path}:
-        return None
-    mask = volumes.get(case.mask_path) if case.mask_path else None
-    return _Loaded(case, volumes[case.source_path], volumes[case.target_path], mask)
+            faults.append(Finding(_short(path), "readable", *_parted(error, path)))
+    source, target = volumes.get(case.source_path), volumes.get(case.target_path)
+    return _Loaded(case, source, target, volumes.get(case.mask_path)) if source and target else None
 
 
-def _one_patient(loaded: _Loaded) -> Iterator[Finding]:
+def _parted(error: DataError, path: Path) -> tuple[str, str]:
+    """What was found and the remedy, from a message about the file at `path`; the audited root is cut away."""
+    found, _, remedy = str(error).removeprefix(f"{path}: ").replace(f"{path.parents[1]}{os.sep}", "").partition("; ")
+    return found, remedy or "mend it, or leave the patient out"
+
+
+def _one_patient(loaded: _Loaded) -> Iterator[Problem]:
     # Only DICOM headers identify a patient; the identifiers themselves are never shown.
-    identities = {volume.patient for _, volume in loaded.modalities if volume.format == "dicom" and volume.patient}
+    identities = {v.patient for v in (loaded.source, loaded.target) if v.format == "dicom" and v.patient}
     if len(identities) > 1:
         found = f"swapped patient: its PatientID is not the one in {_short(loaded.target.path)}"
-        yield Finding(_short(loaded.source.path), "one patient a case", found, "move it to its own patient's folder")
+        yield loaded.source, "one patient a case", found, "move it to its own patient's folder"
 
 
-def _one_grid(loaded: _Loaded) -> Iterator[Finding]:
+def _one_grid(loaded: _Loaded) -> Iterator[Problem]:
     different = same_grid(loaded.source, loaded.target)
     if not different and not len(matched_slices(loaded.source, loaded.target)[0]):
         different = "no slice at the position of one"
     if different:
         found = f"{different} of {_short(loaded.target.path)}"
-        yield Finding(_short(loaded.source.path), "same grid", found, "resample it, or leave the patient out")
+        yield loaded.source, "same grid", found, "resample it, or leave the patient out"
 
 
-def _named_energy(loaded: _Loaded) -> Iterator[Finding]:
-    for modality, volume in loaded.modalities:
+def _named_energy(loaded: _Loaded) -> Iterator[Problem]:
+    for volume, modality in ((loaded.source, loaded.case.source), (loaded.target, loaded.case.target)):
         named = re.search(r"(\d+(?:\.\d+)?)\s*kev", modality, re.IGNORECASE)
         if named and volume.energy_kev not in (None, float(named[1])):
             found = f"the header says {volume.energy_kev:g} keV, the name {modality}"
-            yield Finding(_short(volume.path), "energy as named", found, "move it, or rename the modality")
+            yield volume, "energy as named", found, "move it, or rename the modality"
 
 
-def _not_constant(loaded: _Loaded) -> Iterator[Finding]:
-    for _, volume in loaded.modalities:
+def _not_constant(loaded: _Loaded) -> Iterator[Problem]:
+    for volume in (loaded.source, loaded.target):
         if (value := volume.array.min()) == volume.array.max():
-            found, remedy = f"constant, every voxel is {value:g}", "export it again, or leave the patient out"
-            yield Finding(_short(volume.path), "an image", found, remedy)
+            yield volume, "an image", f"constant, every voxel is {value:g}", "export it again, or leave the patient out"
 
 
-def _fitting_mask(loaded: _Loaded) -> Iterator[Finding]:
+def _fitting_mask(loaded: _Loaded) -> Iterator[Problem]:
     if loaded.mask:
         try:
             _labels(loaded.mask, loaded.target, matched_slices(loaded.target, loaded.source)[0])
         except DataError as error:
-            found, _, remedy = str(error).removeprefix(f"{loaded.mask.path}: ").rpartition("; ")
-            yield Finding(_short(loaded.mask.path), "mask on the target's grid", found, remedy)
+            yield loaded.mask, "mask on the target's grid", *_parted(error, loaded.mask.path)
 
 
-def _partnered_slices(loaded: _Loaded) -> Iterator[Finding]:
+def _partnered_slices(loaded: _Loaded) -> Iterator[Problem]:
     for volume, name in _unmatched([loaded.source, loaded.target]):
-        yield Finding(_short(volume.path), "slice on both sides", f"{name} has no partner", "add it, or go on without")
+        yield volume, "slice on both sides", f"{name} has no partner", "add it, or go on without"
 
 
 # One small function a rule: FAULTS would corrupt training, WARNINGS only cost data.
-Check = Callable[[_Loaded], Iterator[Finding]]
+Check = Callable[[_Loaded], Iterator[Problem]]
 FAULTS: list[Check] = [_one_patient, _one_grid, _named_energy, _not_constant, _fitting_mask]
 WARNINGS: list[Check] = [_partnered_slices]
 
 
+def _findings(checks: list[Check], loaded: _Loaded) -> list[Finding]:
+    return [Finding(_short(volume.path), *problem) for check in checks for volume, *problem in check(loaded)]
+
+
 def _geometry(loaded: _Loaded) -> dict[str, Any]:
     """What `audit.json` keeps of a case; `dropped` names every slice that has no partner."""
-    case, target = loaded.case, loaded.target
     return {
-        **{key: getattr(case, key) for key in COLUMNS[:4]},
-        "size_zyx": list(target.array.shape),
-        "spacing_mm_zyx": [round(spacing, 4) for spacing in target.spacing_mm_zyx],
-        "num_slices": len(matched_slices(loaded.source, target)[0]),
-        "dropped": [f"{_short(volume.path)}: {name}" for volume, name in _unmatched([loaded.source, target])],
+        **{key: getattr(loaded.case, key) for key in COLUMNS[:4]},
+        "size_zyx": list(loaded.target.array.shape),
+        "spacing_mm_zyx": [round(spacing, 4) for spacing in loaded.target.spacing_mm_zyx],
+        "num_slices": len(matched_slices(loaded.source, loaded.target)[0]),
+        "dropped": [f"{_short(v.path)}: {name}" for v, name in _unmatched([loaded.source, loaded.target])],
     }
 
 
 def write(result: Audit, manifest_path: Path) -> bool:
-    """True when the manifest was written; with any fault only `audit.json` beside it is. Raises DataError.
-
-    `audit.json` holds counts, findings, settings and each case's geometry; of patients only folder names.
-    """
-    manifest_path = Path(manifest_path)
+    """True when the manifest was written; with any fault only `audit.json` beside it is. Raises DataError."""
     splits = list({case.patient: case.split for case in result.cases}.values())
     record = {
         "counts": {f"{split}_patients": splits.count(split) for split in ("train", "val", "test")}
@@ -331,7 +318,7 @@ def write(result: Audit, manifest_path: Path) -> bool:
 def write_manifest(cases: list[Case], path: Path) -> None:
     """Writes one row a case, with paths relative to the manifest's folder. Raises DataError when that cannot be."""
     folder = Path(path).absolute().parent
-    table = pd.DataFrame([asdict(case) for case in cases], columns=list(COLUMNS))
+    table = pd.DataFrame(map(asdict, cases), columns=list(COLUMNS))
     for column in COLUMNS[4:]:
         table[column] = [Path(os.path.relpath(image, folder)).as_posix() if image else "" for image in table[column]]
     with written_whole(Path(path)) as temporary:
@@ -339,17 +326,15 @@ def write_manifest(cases: list[Case], path: Path) -> None:
 
 
 def read_manifest(path: Path) -> list[Case]:
-    """The cases of a manifest, with absolute paths, in its order.
+    """The cases of a manifest, in its order, with absolute paths.
 
-    Raises DataError, naming the line: no such file or no table, a column or value missing, a path that does not exist,
-    a case twice, a patient in two splits.
+    Raises DataError, naming the line: a column, value or image missing, a case twice, a patient in two splits.
     """
-    path = Path(path)
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        found = " ".join(str(error).split())
-        raise DataError(f"{path}: not a readable CSV table ({found}); write a manifest with seresvit audit") from None
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # of a first row too long
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False)
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:
+        raise DataError(f"{path}: not a CSV table ({' '.join(str(error).split())}); run seresvit audit") from None
     if missing := [column for column in COLUMNS if column not in table]:
         raise DataError(f"{path}: line 1: missing column {', '.join(missing)}; expected {','.join(COLUMNS)}")
     if table.empty:
@@ -378,16 +363,14 @@ def _case(text: dict[str, str], folder: Path, where: str) -> Case:
     paths = [Path(os.path.normpath(folder / text[column])) for column in COLUMNS[4:] if text[column]]
     if absent := [image for image in paths if not image.exists()]:
         raise DataError(f"{where}: {absent[0]} does not exist; run seresvit audit again where the images are")
-    split: Any = text["split"]
-    return Case(text["patient"], split, text["source"], text["target"], *paths)
+    return Case(text["patient"], cast(Split, text["split"]), text["source"], text["target"], *paths)
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
     """The images of one patient, every one with the same slices in the same order.
 
-    `labels` (Z, Y, X) uint8 on those slices, 0 outside; `label_names` what its values mean; `dropped` the slices that
-    one image lacks and all are therefore without, as "folder: file at position".
+    `labels` (Z, Y, X) uint8, 0 outside; `dropped` the slices that not all have, as "folder: file at position".
     """
 
     case: Case
@@ -404,18 +387,14 @@ class Pair:
 
 
 def load_channels(cases: list[Case], channels: tuple[str, ...]) -> list[tuple[Case, ...]]:
-    """The cases that are read together: one a group, or with `channels` one group a patient, in the channels' order.
-
-    Raises DataError, naming patient and channel, when a patient lacks one.
-    """
+    """The cases read together: one a group, or with `channels` a patient's in that order; DataError if one lacks."""
     if not channels:
         return [(case,) for case in cases]
     by_source = {(case.patient, case.source): case for case in cases}
     groups = []
     for patient in dict.fromkeys(case.patient for case in cases):
         if lacking := [channel for channel in channels if (patient, channel) not in by_source]:
-            lacks = f"patient {patient}: no source {', '.join(lacking)}, which data.channels names"
-            raise DataError(f"{lacks}; add it, or take the patient out of the manifest")
+            raise DataError(f"patient {patient}: no {', '.join(lacking)}, as data.channels asks; add or exclude it")
         groups.append(tuple(by_source[patient, channel] for channel in channels))
     return groups
 
@@ -425,8 +404,7 @@ def load_pair(*cases: Case) -> Pair:
 
     Raises DataError when an image cannot be read, lies on another grid than the target, or shares no slice with it.
     """
-    case = cases[0]
-    target = read_volume(case.target_path)
+    case, target = cases[0], read_volume(cases[0].target_path)
     volumes = [*(read_volume(one.source_path) for one in cases), target]
     for volume in volumes:
         if different := same_grid(volume, target):
@@ -434,12 +412,9 @@ def load_pair(*cases: Case) -> Pair:
     shared = _shared_slices(volumes)
     if not len(shared[-1]):
         raise DataError(f"{volumes[0].path}: no slice lies where {target.path} has one; run seresvit audit")
-    label_names: dict[str, int] = {}
-    labels = None
-    if case.mask_path:
-        labels, label_names = _labels(read_volume(case.mask_path), target, shared[-1])
+    labels, label_names = _labels(read_volume(case.mask_path), target, shared[-1]) if case.mask_path else (None, {})
     dropped = [f"{_short(volume.path)}: {name}" for volume, name in _unmatched(volumes)]
-    *sources, target = (_at_slices(volume, index) for volume, index in zip(volumes, shared, strict=True))
+    *sources, target = on_shared_slices(volumes)
     return Pair(case, tuple(sources), target, labels, label_names, dropped)
 
 
@@ -448,12 +423,16 @@ def matched_slices(a: Volume, b: Volume) -> tuple[np.ndarray, np.ndarray]:
 
     At most SLICE_TOLERANCE_MM apart and always less than half the smallest slice gap, so that no slice is taken twice.
     """
-    gaps = [np.abs(np.diff(volume.positions_mm)) for volume in (a, b)]
-    tolerance = min([SLICE_TOLERANCE_MM, *(gap.min() / 2 for gap in gaps if gap.size)])
+    gaps_mm = np.abs([*np.diff(a.positions_mm), *np.diff(b.positions_mm)])
+    tolerance = min([SLICE_TOLERANCE_MM, *gaps_mm / 2])
     distance = np.abs(np.subtract.outer(a.positions_mm, b.positions_mm))
-    nearest = distance.argmin(axis=1)
     in_a = np.flatnonzero(distance.min(axis=1) < tolerance)
-    return in_a, nearest[in_a]
+    return in_a, distance.argmin(axis=1)[in_a]
+
+
+def on_shared_slices(volumes: list[Volume]) -> list[Volume]:
+    """The volumes cut to the slice positions that all of them have, in the order of the last one."""
+    return [_at_slices(volume, index) for volume, index in zip(volumes, _shared_slices(volumes), strict=True)]
 
 
 def _shared_slices(volumes: list[Volume]) -> list[np.ndarray]:
@@ -478,21 +457,18 @@ def _unmatched(volumes: list[Volume]) -> list[tuple[Volume, str]]:
 
 def _at_slices(volume: Volume, index: np.ndarray) -> Volume:
     """The volume with only these slices; its affine begins at the first of them."""
-    positions, affine = volume.positions_mm, volume.affine.copy()
-    if len(positions) > 1:
-        per_mm = affine[:3, 2] / (positions[1] - positions[0])
-        affine[:3, 3] += per_mm * (positions[index[0]] - positions[0])
-        if len(index) > 1:
-            affine[:3, 2] = per_mm * (positions[index[1]] - positions[index[0]])
+    positions, affine = volume.positions_mm[index], volume.affine.copy()
+    gap_mm = [*np.diff(volume.positions_mm), 1][0]
+    affine[:3, 3] += affine[:3, 2] * (positions[0] - volume.positions_mm[0]) / gap_mm
+    affine[:3, 2] *= [*np.diff(positions), gap_mm][0] / gap_mm
     headers = tuple(volume.headers[k] for k in index) if volume.format in ("dicom", "png") else volume.headers
-    return replace(volume, array=volume.array[index], affine=affine, positions_mm=positions[index], headers=headers)
+    return replace(volume, array=volume.array[index], affine=affine, positions_mm=positions, headers=headers)
 
 
 def _labels(mask: Volume, target: Volume, kept: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-    """Labels (Z, Y, X) uint8 on the target's slices `kept`, and their names.
+    """Labels (Z, Y, X) uint8 on the target's slices `kept`, and their names: of labels.json, else "mask" for all > 0.
 
-    The names are those of labels.json beside the mask, else "mask" for all that is above zero. Raises DataError when
-    the mask does not cover these slices on the target's grid.
+    Raises DataError when the mask does not cover these slices on the target's grid, or has other labels than 0 to 255.
     """
     if different := same_grid(mask, target):
         raise DataError(f"{mask.path}: {different} against the target; draw or resample it on the target")
@@ -515,10 +491,7 @@ def _labels(mask: Volume, target: Volume, kept: np.ndarray) -> tuple[np.ndarray,
 
 
 def content_hash(cases: list[Case]) -> str:
-    """BLAKE2b, as 32 hexadecimal digits, over the bytes of every image of these cases and the splits they are in.
-
-    The same data gives the same hash wherever it lies and in whatever order the cases come. Raises DataError.
-    """
+    """BLAKE2b in hexadecimal over every image's bytes and split, wherever they lie, in whatever order; or DataError."""
     total = hashlib.blake2b(digest_size=16)
     for case in sorted(cases, key=lambda case: case.name):
         total.update(json.dumps([getattr(case, key) for key in COLUMNS[:4]]).encode())

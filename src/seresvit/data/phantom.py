@@ -88,18 +88,13 @@ def iodine_hu_per_mg_ml(energy_kev: ArrayLike) -> np.ndarray:
     return 1000 * iodine_per_cm / mu_per_cm("water", energy_kev)
 
 
-def noise_sd_hu(energy_kev: ArrayLike) -> np.ndarray:
-    """Standard deviation in HU of the noise that `simulate` adds to every voxel of the image at this energy.
+def _noise_weight(energy_kev: ArrayLike) -> np.ndarray:
+    """Weight in HU of the second of two independent unit noises a and b; that of a is NOISE_SD_HU.
 
     A virtual monoenergetic image is W + k(E) I, a water and an iodine image weighted by the HU of iodine (Yu, Leng,
-    McCollough, AJR 199 (2012) S9). Their noise is anticorrelated and cancels best at one energy, here 100 keV; around
-    it the sum is NOISE_SD_HU · a + NOISE_PER_IODINE · (k(E) - k(100 keV)) · b, with a and b independent and of unit
-    variance: 9 HU at 110 keV, 10 at 70, 22 at 40.
+    McCollough, AJR 199 (2012) S9). Their noise is anticorrelated and cancels best at one energy, here 100 keV, so that
+    the sum is a + (k(E) - k(100 keV)) b, scaled. Its standard deviation: 9 HU at 110 keV, 10 at 70, 12 at 60, 23 at 40.
     """
-    return np.hypot(NOISE_SD_HU, _noise_weight(energy_kev))
-
-
-def _noise_weight(energy_kev: ArrayLike) -> np.ndarray:
     return NOISE_PER_IODINE * (iodine_hu_per_mg_ml(energy_kev) - iodine_hu_per_mg_ml(100.0))
 
 
@@ -122,10 +117,9 @@ def simulate(
     if not kev or not all(40 <= energy <= 190 for energy in kev) or len(set(kev)) < len(kev):
         found = ",".join(f"{energy:g}" for energy in kev)
         raise ConfigError(f"--kev {found}: expected different energies between 40 and 190 keV, such as 70,110")
-    held = [path.name for path in (*out.glob("*keV"), out / "labels") if path.exists()]
-    if held:
-        raise DataError(f"{out}: already holds {sorted(held)[0]}; choose a new folder, or remove this one first")
-
+    for held in (*sorted(out.glob("*keV")), out / "labels"):
+        if held.exists():
+            raise DataError(f"{held}: is there already, and patients of two runs must not mix; choose a new folder")
     material_hu = np.array([*(hu(m, kev) for m in MATERIALS), iodine_hu_per_mg_ml(kev)])
     with ExitStack() as written:
         series = [
@@ -140,7 +134,7 @@ def simulate(
 
 
 def _write_patient(number: int, slices: int, size: int, seed: int, series: list[tuple], labels_folder: Path) -> None:
-    """`series`: energy, folder, HU of each material and of 1 mg/ml of iodine, weight of the second noise."""
+    # series: energy, folder, HU of each material and of 1 mg/ml of iodine, weight of the second noise
     patient = _draw_patient(np.random.default_rng([seed, number, 0]), embolism=(number + seed) % 2 == 0)
     name = f"P{number:03d}"
     study = f"seresvit phantom {seed} {slices} {size} {name}"
@@ -151,14 +145,14 @@ def _write_patient(number: int, slices: int, size: int, seed: int, series: list[
     for index in range(slices):
         position_mm = [round(float(p), 6) for p in affine[:3] @ (0, 0, index, 1)]
         rng = np.random.default_rng([seed, number, 1 + index])
-        mixture, labels[index] = _render(patient, position_mm[2], size, spacing_mm, rng)
+        plane = _draw_plane(patient, position_mm[2], size * SUBSAMPLES, spacing_mm / SUBSAMPLES)
+        mixture, labels[index] = _mix(plane, patient.mixtures, rng)
         noise = [_unit_noise(rng, size, NOISE_CORRELATION_VOXELS) for _ in range(2)]
         for energy, folder, material_hu, noise_weight in series:
             array_hu = gaussian_filter(np.tensordot(material_hu, mixture, 1), BLUR_MM / spacing_mm)
             array_hu += NOISE_SD_HU * noise[0] + noise_weight * noise[1]
             image = _dicom(array_hu, name, energy, index + 1, study)
-            image.PixelSpacing = [spacing_mm, spacing_mm]
-            image.SliceThickness = min(step_mm, MAX_THICKNESS_MM)
+            image.PixelSpacing, image.SliceThickness = [spacing_mm, spacing_mm], min(step_mm, MAX_THICKNESS_MM)
             image.ImagePositionPatient, image.SliceLocation = position_mm, position_mm[2]
             (folder / name).mkdir(parents=True, exist_ok=True)
             pydicom.dcmwrite(folder / name / f"{name}_{index + 1:04d}.dcm", image, enforce_file_format=True)
@@ -167,10 +161,8 @@ def _write_patient(number: int, slices: int, size: int, seed: int, series: list[
     nib.save(nifti, labels_folder / f"{name}.nii.gz")
 
 
-# --- one patient, in canonical millimetres: x to the left, y to the back, z to the head, origin behind the heart ---
-
-# Polylines of (x, y, z, radius).
-_TUBES = {
+# The canonical chest, in mm: x to the left, y to the back, z to the head. Polylines of (x, y, z, radius).
+_TUBES: dict[str, list[list[tuple[float, ...]]]] = {
     "left": [
         [(6, -12, -8, 13), (-10, -24, 10, 14.5), (-17, -28, 30, 15), (-12, -24, 48, 14), (4, -4, 57, 13),
          (20, 18, 55, 12.5), (28, 33, 42, 12), (29, 37, 20, 12), (26, 39, -30, 11.5), (20, 40, -85, 11)],
@@ -196,6 +188,15 @@ _TUBES = {
     "oesophagus": [[(5, 33, 78, 6), (7, 37, 0, 6), (12, 31, -85, 7)]],
 }  # fmt: skip
 
+# Arch of one vertebra, z from its middle: spinous process; on both sides pedicle, joints, lamina, transverse process.
+_ARCH = np.array([
+    [(0, 99, -3, 3.5), (0, 106, -20, 3)],
+    [(-14, 72, 4, 4.5), (-14, 88, 2, 4.5)], [(-14, 88, 6, 4.2), (-14, 90, -10, 4.2)],
+    [(-14, 90, -1, 4), (0, 99, -4, 4)], [(-14, 88, 3, 4.5), (-35, 97, 5, 4)],
+    [(14, 72, 4, 4.5), (14, 88, 2, 4.5)], [(14, 88, 6, 4.2), (14, 90, -10, 4.2)],
+    [(14, 90, -1, 4), (0, 99, -4, 4)], [(14, 88, 3, 4.5), (35, 97, 5, 4)],
+])  # fmt: skip
+
 # Chambers in the frame of the heart: u to the apex, v to the left and back. Centre u, v, z; semi-axes; wall in mm.
 _CHAMBERS = [
     ("right blood", (14, -24, -42), (40, 14, 38), 4), ("right blood", (-30, -22, -36), (23, 20, 30), 3),
@@ -216,20 +217,22 @@ class _Patient:
 
 
 def _draw_patient(rng: np.random.Generator, embolism: bool) -> _Patient:
-    tubes = {name: np.concatenate([_segments(line, rng) for line in lines]) for name, lines in _TUBES.items()}
+    tubes = {}
+    for name, lines in _TUBES.items():
+        moved = [np.array(line) + rng.normal(0, (1.3, 1.3, 1.3, 0.3), (len(line), 4)) for line in lines]
+        tubes[name] = np.concatenate([np.stack([line[:-1], line[1:]], axis=1) for line in moved])
     points = rng.uniform((-135, -90, -85), (135, 90, 85), (20_000, 3))
-    x, y, z = points.T
-    in_lung = points[(_beyond_chest(x, y, z) < -4) & (_beyond_mediastinum(x, y) > 2)]
+    in_lung = points[(_beyond_chest(*points.T) < -4) & (_beyond_mediastinum(*points[:, :2].T) > 2)]
     for name, trunk, count in (("artery tree", "artery", 2000), ("vein tree", "left", 1600)):
         points, in_lung = in_lung[:count], in_lung[count:]
         tubes[name] = np.concatenate([_tree(rng, tubes[trunk], points[points[:, 0] * side > 0]) for side in (-1, 1)])
     tubes["clot"] = _clots(rng, tubes["artery"]) if embolism else np.zeros((0, 2, 4))
 
-    wave_number = rng.uniform(-1, 1, (2, 4, 3)) * 2 * np.pi / np.array([160, 160, 200])
-    phase, amplitude_mm = rng.uniform(0, 2 * np.pi, (2, 4, 1)), rng.uniform(0.3, 1.8, (2, 4, 1))
+    k = 2 * np.pi / np.array([160, 160, 200])
+    waves = rng.uniform((*-k, 0, 0.3), (*k, 2 * np.pi, 1.8), (2, 4, 5))
     return _Patient(
-        np.array([rng.uniform(0.90, 1.0), rng.uniform(0.90, 1.08)]),
-        np.concatenate([wave_number, phase, amplitude_mm], axis=2),
+        scale_xy=rng.uniform((0.90, 0.90), (1.0, 1.08)),
+        waves=waves,
         fat_mm=rng.uniform(6, 22),
         rib_offset_mm=rng.uniform(0, 26) + rng.uniform(-2, 2, 2),
         vertebra_offset_mm=rng.uniform(0, 24),
@@ -254,26 +257,17 @@ def _mixtures(rng: np.random.Generator) -> np.ndarray:
     return np.column_stack([fractions, [iodine.get(s, 0.0) for s in _SUBSTANCES]])
 
 
-def _segments(line: ArrayLike, rng: np.random.Generator) -> np.ndarray:
-    points = np.asarray(line, dtype=np.float64).copy()
-    points[:, :3] += rng.normal(0, 1.3, (len(points), 3))
-    points[:, 3] *= rng.uniform(0.93, 1.07, len(points))
-    return np.stack([points[:-1], points[1:]], axis=1)
-
-
 def _tree(rng: np.random.Generator, trunk: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Segments (N, 2, 4) of a vascular tree from the trunk's nodes to every target point in the lung.
 
     Each target joins the node that makes both its own twig and its way to the heart short (Cuntz et al., PLoS Comput
     Biol 6 (2010) e1000877); radii follow from the number of twigs fed, by Murray's law with exponent 2.7.
     """
-    side = np.sign(targets[0, 0])
-    roots = trunk.reshape(-1, 4)
-    roots = roots[roots[:, 0] * side > 45, :3]
+    roots = trunk.reshape(-1, 4)[:, :3]
+    roots = roots[roots[:, 0] * np.sign(targets[0, 0]) > 45]
     targets = targets[np.argsort(np.linalg.norm(targets[:, None] - roots, axis=2).min(axis=1))]
     nodes = np.concatenate([roots, targets])
-    way_mm = np.zeros(len(nodes))
-    parent = np.zeros(len(nodes), dtype=int)
+    way_mm, parent = np.zeros(len(nodes)), np.zeros(len(nodes), dtype=int)
     for i in range(len(roots), len(nodes)):
         twig_mm = np.linalg.norm(nodes[:i] - nodes[i], axis=1)
         parent[i] = np.argmin(twig_mm + 0.4 * way_mm[:i])
@@ -282,33 +276,27 @@ def _tree(rng: np.random.Generator, trunk: np.ndarray, targets: np.ndarray) -> n
     for i in range(len(nodes) - 1, len(roots) - 1, -1):
         fed[parent[i]] += fed[i]
     radius_mm = np.minimum(rng.uniform(0.55, 0.75) * fed ** (1 / 2.7), 4.0)
-    ends = np.concatenate([nodes, radius_mm[:, None]], axis=1)[len(roots) :]
-    starts = np.concatenate([nodes[parent[len(roots) :]], ends[:, 3:]], axis=1)
+    ends = np.column_stack([nodes, radius_mm])[len(roots) :]
+    starts = np.column_stack([nodes[parent[len(roots) :]], ends[:, 3]])
     return np.stack([starts, ends], axis=1)
 
 
 def _clots(rng: np.random.Generator, arteries: np.ndarray) -> np.ndarray:
     """Emboli in two to four of the large pulmonary arteries, narrower than the lumen, so that contrast flows past."""
     large = arteries[(arteries[:, :, 3].min(axis=1) > 4.5) & (np.abs(arteries[:, :, 0]).max(axis=1) > 30)]
-    chosen = rng.choice(len(large), size=rng.integers(2, 5), replace=False)
-    clots = large[chosen].copy()
-    radius_mm = clots[:, :, 3].min(axis=1)
-    clots[:, :, :3] += rng.uniform(-0.25, 0.25, (len(clots), 1, 3)) * radius_mm[:, None, None]
+    clots = large[rng.choice(len(large), size=rng.integers(2, 5), replace=False)]
+    clots[:, :, :3] += rng.uniform(-0.25, 0.25, (len(clots), 1, 3)) * clots[:, :, 3].min(axis=1)[:, None, None]
     clots[:, :, 3] *= rng.uniform(0.55, 0.8, (len(clots), 1))
     return clots
 
 
-# --- one slice: the solids cut at z, painted back to front ---
-
-
 @dataclass(frozen=True, eq=False)
-class _Plane:
+class _Plane:  # one slice: the solids cut at z, painted back to front
     x: np.ndarray  # canonical millimetres of every point, (n, n)
     y: np.ndarray
     z: float
     substance: np.ndarray  # (n, n) uint8, an index into _SUBSTANCES
-    scale_xy: np.ndarray
-    spacing_mm: float
+    points_per_mm: np.ndarray  # along x and y
 
     def paint(self, where: np.ndarray, name: str) -> None:
         self.substance[where] = _INDEX[name]
@@ -318,11 +306,11 @@ class _Plane:
         n = len(self.x)
         reach = segments[:, :, 3].max(axis=1) + grow_mm
         cut = (segments[:, :, 2].min(axis=1) - reach < self.z) & (segments[:, :, 2].max(axis=1) + reach > self.z)
-        margin = reach[:, None] + 8  # the warp moves no point by more than 7.2 mm
-        low = (segments[:, :, :2].min(axis=1) - margin) * self.scale_xy / self.spacing_mm + n / 2
-        high = (segments[:, :, :2].max(axis=1) + margin) * self.scale_xy / self.spacing_mm + n / 2
-        low, high = np.clip(low.astype(int), 0, n), np.clip(high.astype(int) + 1, 0, n)
-        for (start, end), (x0, y0), (x1, y1) in zip(segments[cut], low[cut], high[cut], strict=True):
+        margin = reach[cut, None] + 8  # the warp moves no point by more than 7.2 mm
+        low = (segments[cut, :, :2].min(axis=1) - margin) * self.points_per_mm + n / 2
+        high = (segments[cut, :, :2].max(axis=1) + margin) * self.points_per_mm + n / 2
+        boxes = np.clip(np.concatenate([low, high], axis=1), 0, n).astype(int)
+        for (start, end), (x0, y0, x1, y1) in zip(segments[cut], boxes, strict=True):
             box = slice(y0, y1), slice(x0, x1)
             way = (end - start).astype(np.float32)
             dx, dy, dz = self.x[box] - np.float32(start[0]), self.y[box] - np.float32(start[1]), self.z - start[2]
@@ -362,21 +350,20 @@ def _draw_plane(patient: _Patient, z_mm: float, points: int, spacing_mm: float) 
     x = np.broadcast_to(axis / np.float32(patient.scale_xy[0]), (points, points))
     y = np.broadcast_to(axis[:, None] / np.float32(patient.scale_xy[1]), (points, points))
     shift = [
-        sum(np.float32(w[4]) * np.sin(np.float32(w[0]) * x + np.float32(w[1]) * y + np.float32(w[2] * z_mm + w[3]))
-            for w in waves)
-        for waves in patient.waves
-    ]  # fmt: skip
-    substance = np.zeros((points, points), np.uint8)
-    plane = _Plane(x + shift[0], y + shift[1], z_mm, substance, patient.scale_xy, spacing_mm)
-    beyond_chest = _beyond_chest(plane.x, plane.y, z_mm)
-    _paint_wall(plane, patient, beyond_chest)
+        sum(amplitude * np.sin(kx * x + ky * y + (kz * z_mm + phase)) for kx, ky, kz, phase, amplitude in waves)
+        for waves in patient.waves.astype(np.float32)
+    ]
+    blank = np.zeros((points, points), np.uint8)
+    plane = _Plane(x + shift[0], y + shift[1], z_mm, blank, patient.scale_xy / spacing_mm)
+    _paint_wall(plane, patient)
     _paint_spine(plane, patient)
     _paint_heart_and_vessels(plane, patient)
     return plane
 
 
-def _paint_wall(plane: _Plane, patient: _Patient, beyond_chest: np.ndarray) -> None:
+def _paint_wall(plane: _Plane, patient: _Patient) -> None:
     x, y, z = plane.x, plane.y, plane.z
+    beyond_chest = _beyond_chest(x, y, z)
     # Angle from the back (0) round either side to the front (1).
     turn = np.arctan2(np.abs(x), y + 4) / np.float32(np.pi)
     beyond_muscle = _beyond(x, y - 4, 152, 108, 2.5) + np.where(y > 0, 4, 0) * np.exp(-((x / 11) ** 2))
@@ -390,15 +377,13 @@ def _paint_wall(plane: _Plane, patient: _Patient, beyond_chest: np.ndarray) -> N
     plane.paint((beyond_chest > 11) & (beyond_muscle < 0) & (layer < 0.16), "fat")
 
     plane.paint(beyond_chest < 0, "lung")
-    for centre, semi in (((-62, 0, -112), (78, 76, 70)), ((72, 8, -128), (62, 66, 68))):
-        dome = _ellipsoid(plane, x - centre[0], y - centre[1], centre[2], semi) & (beyond_chest < -1)
-        plane.paint(dome, "liver")
+    for cx, cz, semi in ((-62, -112, (78, 76, 70)), (72, -128, (62, 66, 68))):
+        plane.paint(_ellipsoid(plane, x - cx, y - 4, cz, semi) & (beyond_chest < -1), "liver")
     plane.paint((beyond_chest < 0) & (_beyond_mediastinum(x, y) < 0), "fat")
 
     # Ribs slope down from back to front, so that a slice cuts a few of them on each side, each at a slant.
-    drop_mm = 95 * np.minimum(turn, 0.8) ** 1.2
-    offset_mm = np.where(x < 0, *patient.rib_offset_mm)
-    from_rib_mm = (z + drop_mm - offset_mm + 13) % 26 - 13
+    rib_mm = np.where(x < 0, *patient.rib_offset_mm) - 95 * np.minimum(turn, 0.8) ** 1.2
+    from_rib_mm = (z - rib_mm + 13) % 26 - 13
     for shell_mm, bone in ((0.0, "cortex"), (1.3, "trabeculae")):
         rib = ((beyond_chest - 5.5) / (4.2 - shell_mm)) ** 2 + (from_rib_mm / (6.8 - shell_mm)) ** 2 < 1
         plane.paint(rib & (turn > 0.09) & (turn < 0.8), bone)
@@ -415,21 +400,11 @@ def _paint_spine(plane: _Plane, patient: _Patient) -> None:
     x, y = plane.x, plane.y
     plane.paint((x / 27) ** 2 + ((y - 66) / 24) ** 2 < 1, "fat")
     height = (plane.z - patient.vertebra_offset_mm + 12) % 24 - 12
-    level = plane.z - height
+    arches = np.concatenate([_ARCH + np.array([0, 0, plane.z - height + up, 0]) for up in (-24, 0, 24)])
     for shell_mm, bone in ((0.0, "cortex"), (1.4, "trabeculae")):
         body = np.abs(x / (17.5 - shell_mm)) ** 2.4 + np.abs((y - 62) / (14.5 - shell_mm)) ** 2.4 < 1
         plane.paint(body, bone if abs(height) < 9.8 else "cartilage")
-    for above in (level - 24, level, level + 24):
-        processes = [[(0, 99, above - 3, 3.5), (0, 106, above - 20, 3.0)]]
-        for side in (-1, 1):
-            processes += [
-                [(side * 12, 72, above + 4, 4.5), (side * 14, 88, above + 2, 4.5)],
-                [(side * 14, 88, above + 6, 4.2), (side * 14, 90, above - 10, 4.2)],
-                [(side * 13, 90, above - 1, 4.0), (0, 99, above - 4, 4.0)],
-                [(side * 14, 88, above + 3, 4.5), (side * 35, 97, above + 5, 4.0)],
-            ]
-        for name, grow_mm in (("cortex", 0.0), ("trabeculae", -1.5)):
-            plane.tubes(np.array(processes, dtype=float), name, grow_mm)
+        plane.tubes(arches, bone, grow_mm=-shell_mm)
     plane.paint((x / 9.5) ** 2 + ((y - 86) / 8.5) ** 2 < 1, "fat")
     plane.paint((x / 6.5) ** 2 + ((y - 86) / 5.5) ** 2 < 1, "muscle")
 
@@ -451,9 +426,8 @@ def _paint_heart_and_vessels(plane: _Plane, patient: _Patient) -> None:
             plane.paint(in_chest & solid, "myocardium" if wall else blood)
     for cu, cv in ((16, 6), (22, 24)):  # papillary muscles of the left ventricle
         plane.paint(_ellipsoid(plane, u - cu, v - cv, -52, (7, 3.5, 18)), "myocardium")
-    plane.tubes(tubes["cava"], "right blood")
-    plane.tubes(tubes["artery"], "right blood")
-    plane.tubes(tubes["left"], "left blood")
+    for name, blood in (("cava", "right blood"), ("artery", "right blood"), ("left", "left blood")):
+        plane.tubes(tubes[name], blood)
     plane.tubes(tubes["airway"], "airway")
     plane.tubes(tubes["oesophagus"], "airway", grow_mm=-4.5)
     plane.tubes(tubes["artery tree"], "right blood", within="lung")
@@ -461,27 +435,24 @@ def _paint_heart_and_vessels(plane: _Plane, patient: _Patient) -> None:
     plane.tubes(tubes["clot"], "clot", within="right blood")
 
 
-def _render(
-    patient: _Patient, z_mm: float, size: int, spacing_mm: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _mix(plane: _Plane, mixtures: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One slice: volume fractions and, last, iodine in mg/ml, (material + 1, size, size); labels (size, size)."""
-    plane = _draw_plane(patient, z_mm, size * SUBSAMPLES, spacing_mm / SUBSAMPLES)
-    shares = np.zeros((len(_SUBSTANCES), size, size), np.float32)
-    for index in np.unique(plane.substance):
-        shares[index] = (plane.substance == index).reshape(size, SUBSAMPLES, size, SUBSAMPLES).mean(axis=(1, 3))
-    mixture = np.tensordot(patient.mixtures.T, shares, 1)
+    size = len(plane.substance) // SUBSAMPLES
+    points = plane.substance.reshape(size, SUBSAMPLES, size, SUBSAMPLES)
+    shares = np.array([(points == index).mean(axis=(1, 3), dtype=np.float32) for index in _INDEX.values()])
+    mixture = np.tensordot(mixtures.T, shares, 1)
     label_of = np.array([label for label, _ in _SUBSTANCES.values()])
-    by_label = np.array([shares[label_of == label].sum(axis=0) for label in (0, *LABELS.values())])
+    labels = np.argmax([shares[label_of == label].sum(axis=0) for label in (0, *LABELS.values())], axis=0)
 
-    texture = _unit_noise(rng, size, 4.0 / spacing_mm)
-    low_lying = np.linspace(-1, 1, size)[:, None] * 2
-    _exchange(mixture, "lung tissue", "air", 0.08 * texture - 0.25 * low_lying)
+    texture = _unit_noise(rng, size, 4.0 / FIELD_OF_VIEW_MM * size)
+    to_back = np.linspace(-0.5, 0.5, size)[:, None]  # the lung that lies lowest is the densest
+    _exchange(mixture, "lung tissue", "air", 0.08 * texture - to_back)
     _exchange(mixture, "spongiosa", "red marrow", 0.10 * texture)
     _exchange(mixture, "muscle", "adipose", 0.05 * np.abs(texture))
-    return mixture, by_label.argmax(axis=0).astype(np.uint8)
+    return mixture, labels.astype(np.uint8)
 
 
-def _exchange(fractions: np.ndarray, giver: str, taker: str, share: np.ndarray) -> None:
+def _exchange(fractions: np.ndarray, giver: str, taker: str, share: np.ndarray | float) -> None:
     """Move a share of one material's volume to another, in place; negative shares go the other way."""
     g, t = list(MATERIALS).index(giver), list(MATERIALS).index(taker)
     moved = np.clip(share * fractions[g], -fractions[t], fractions[g])
@@ -503,24 +474,22 @@ def _dicom(array_hu: np.ndarray, name: str, energy_kev: float, number: int, stud
     label, series = f"MonoE {energy_kev:g}keV[HU]", [study, f"{energy_kev:g}keV"]
     stored = np.clip(np.rint(array_hu) + 1024, 0, 4095).astype("<u2")
     attributes = {
-        "SOPClassUID": CTImageStorage, "Modality": "CT", "Manufacturer": "SE-ResViT",
-        "ImageType": ["DERIVED", "SECONDARY", "AXIAL", "VMI", "SIMULATED"],
-        "SOPInstanceUID": generate_uid(entropy_srcs=[*series, str(number)]),
+        "SOPClassUID": CTImageStorage, "SOPInstanceUID": generate_uid(entropy_srcs=[*series, str(number)]),
         "SeriesInstanceUID": generate_uid(entropy_srcs=[*series, "series"]),
         "StudyInstanceUID": generate_uid(entropy_srcs=[study, "study"]),
         "FrameOfReferenceUID": generate_uid(entropy_srcs=[study, "frame"]),
+        "ImageType": ["DERIVED", "SECONDARY", "AXIAL", "VMI", "SIMULATED"], "Modality": "CT", "KVP": 120,
         "PatientName": f"Simulated^{name}", "PatientID": name, "PatientBirthDate": "", "PatientSex": "O",
         "PatientComments": "SIMULATED", "StudyDescription": "SIMULATED chest, no real patient", "StudyID": "1",
         "StudyDate": "", "StudyTime": "", "AccessionNumber": "", "ReferringPhysicianName": "",
         "SeriesDescription": label, "ImageComments": f"{label} {energy_kev:g}keV SIMULATED",
         "DerivationDescription": "SIMULATED virtual monoenergetic image of a numerical phantom",
         "SeriesNumber": round(energy_kev), "AcquisitionNumber": 1, "InstanceNumber": number,
-        "ManufacturerModelName": "simulated dual-energy CT", "KVP": 120,
-        "BodyPartExamined": "CHEST", "PatientPosition": "HFS", "PositionReferenceIndicator": "",
-        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "WindowCenter": 60, "WindowWidth": 360,
-        "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "Rows": stored.shape[0],
-        "Columns": stored.shape[1], "BitsAllocated": 16, "BitsStored": 12, "HighBit": 11, "PixelRepresentation": 0,
-        "RescaleIntercept": -1024, "RescaleSlope": 1, "RescaleType": "HU", "PixelData": stored.tobytes(),
+        "Manufacturer": "SE-ResViT", "ManufacturerModelName": "simulated dual-energy CT", "BodyPartExamined": "CHEST",
+        "PatientPosition": "HFS", "PositionReferenceIndicator": "", "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+        "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "Rows": len(stored), "Columns": len(stored),
+        "BitsAllocated": 16, "BitsStored": 12, "HighBit": 11, "PixelRepresentation": 0, "PixelData": stored.tobytes(),
+        "RescaleIntercept": -1024, "RescaleSlope": 1, "RescaleType": "HU", "WindowCenter": 60, "WindowWidth": 360,
     }  # fmt: skip
     image = Dataset()
     for keyword, value in attributes.items():

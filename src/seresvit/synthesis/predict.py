@@ -17,7 +17,7 @@ from seresvit import __version__
 from seresvit.config import ConfigError, DataSettings
 from seresvit.data import read_volume, write_volume
 from seresvit.data.intensity import Intensity, intensity_of
-from seresvit.data.pairing import Case, load_channels, matched_slices, read_manifest
+from seresvit.data.pairing import Case, load_channels, on_shared_slices, read_manifest
 from seresvit.data.volume import DataError, Volume, same_grid, written_whole
 from seresvit.model import checkpoint
 
@@ -143,26 +143,11 @@ def predict_manifest(
         source = "+".join(case.source for case in group)
         name = f"{group[0].patient}_{source}"
         try:
-            volumes = on_common_slices([read_volume(case.source_path) for case in group])
-            _predict_into(predictor, volumes, out / name, name=name, patient=group[0].patient, source=source)
+            volumes = on_shared_slices([read_volume(case.source_path) for case in group])
+            _predict_into(predictor, tuple(volumes), out / name, name=name, patient=group[0].patient, source=source)
         except DataError as error:
             failures.append(Failure(name, str(error)))
     return failures
-
-
-def on_common_slices(volumes: list[Volume]) -> tuple[Volume, ...]:
-    """The volumes cut to the slice positions that all of them have."""
-    first = volumes[0]
-    for other in volumes[1:]:
-        first = _taken(first, matched_slices(first, other)[0])
-    return first, *(_taken(other, matched_slices(first, other)[1]) for other in volumes[1:])
-
-
-def _taken(volume: Volume, index: np.ndarray) -> Volume:
-    if len(index) == len(volume.array):
-        return volume
-    headers = tuple(volume.headers[i] for i in index) if len(volume.headers) == len(volume.array) else volume.headers
-    return replace(volume, array=volume.array[index], positions_mm=volume.positions_mm[index], headers=headers)
 
 
 def _predict_into(

@@ -1,0 +1,246 @@
+"""Image files and PNG folders in and out, against nibabel and SimpleITK."""
+
+import dataclasses
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from seresvit.data import read_volume, write_volume
+from seresvit.data.nifti import read_image, read_png_folder, write_image, write_png_folder
+from seresvit.data.volume import DataError
+
+NIFTI = Path(__file__).parents[2] / ".." / "shared" / "data" / "odd" / "nifti"
+real_data = pytest.mark.skipif(not NIFTI.is_dir(), reason="the collection of odd NIfTI files is not here")
+
+SHAPE_XYZ = (40, 24, 5)
+# A turned grid, with every axis of another length and spacing.
+TURN = np.array([[0.96, -0.28, 0], [0.28 * 0.8, 0.96 * 0.8, -0.6], [0.28 * 0.6, 0.96 * 0.6, 0.8]])
+AFFINE = np.eye(4)
+AFFINE[:3, :3] = TURN * (-0.9, 0.7, 2.5)
+AFFINE[:3, 3] = 17, -33, 4
+
+
+def values(low=-1024.0, high=2000.0):
+    return np.random.default_rng(0).uniform(low, high, SHAPE_XYZ).astype(np.float32)
+
+
+def saved(path, array, affine=AFFINE, **fields):
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm", "sec")
+    for name, value in fields.items():
+        image.header[name] = value
+    nib.save(image, path)
+    return path
+
+
+def refusal(path, reader=read_image):
+    with pytest.raises(DataError) as caught:
+        reader(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path.name) in message
+    return message
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "AIL", "PSR", "SPR", "IPL"])
+def test_any_axis_order_is_read_as_simpleitk_turns_it_and_written_back_bit_for_bit(tmp_path, codes):
+    turn = nib.orientations.ornt_transform(nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(codes))
+    turned = nib.Nifti1Image(values(), AFFINE).as_reoriented(turn)
+    path = saved(tmp_path / "in.nii.gz", np.asarray(turned.dataobj), turned.affine)
+    volume = read_image(path)
+
+    image = sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS")
+    np.testing.assert_array_equal(volume.array, sitk.GetArrayFromImage(image))
+    for index in ((0, 0, 0), (39, 3, 2)):
+        point = image.TransformIndexToPhysicalPoint(index)
+        np.testing.assert_allclose((volume.affine @ [*index, 1])[:3], point, atol=1e-3)
+    assert volume.array.shape == (5, 24, 40) and volume.unit == "HU" and volume.patient == ""
+    assert (np.diff(volume.positions_mm) > 0).all()
+
+    out = write_volume(volume, tmp_path / "out", description="x")
+    before, after = nib.load(path), nib.load(out)
+    np.testing.assert_array_equal(after.affine, before.affine)
+    for field in before.header:
+        if field not in ("datatype", "bitpix"):
+            assert after.header[field].tobytes() == before.header[field].tobytes(), field
+    assert after.get_data_dtype() == np.int16
+    np.testing.assert_array_equal(np.asarray(after.dataobj), np.rint(np.asarray(before.dataobj)))
+
+
+def test_sheared_affine_keeps_positions_along_the_normal(tmp_path):
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    affine[1, 2] = 0.5
+    volume = read_image(saved(tmp_path / "tilted.nii", values(), affine))
+    np.testing.assert_allclose(np.diff(volume.positions_mm), 2.0)
+    np.testing.assert_allclose(volume.affine[:3, 2], [0, -0.5, 2])
+
+
+def test_scale_unit_and_singleton_axis(tmp_path):
+    stored = np.arange(np.prod(SHAPE_XYZ), dtype=np.int16).reshape(*SHAPE_XYZ, 1)
+    image = nib.Nifti1Image(stored, AFFINE)
+    image.header.set_slope_inter(0.5, 3)
+    image.header["cal_max"] = 99
+    nib.save(image, tmp_path / "scaled.nii")
+    path = tmp_path / "scaled.nii"
+    volume = read_image(path)
+    expected = nib.load(path).get_fdata()
+    assert volume.unit == "arbitrary" and volume.array.shape == (5, 24, 40)
+    assert (volume.array.min(), volume.array.max()) == (expected.min(), expected.max())
+
+    write_image(dataclasses.replace(volume, array=volume.array / 3), tmp_path / "out.nii")
+    again = nib.load(tmp_path / "out.nii")
+    assert again.shape == (*SHAPE_XYZ, 1) and again.get_data_dtype() == np.float32 and again.header["cal_max"] == 0
+    np.testing.assert_allclose(again.get_fdata(), expected / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+def test_itk_images_keep_their_geometry(tmp_path, suffix):
+    image = sitk.GetImageFromArray(values(0, 9).T)
+    image.SetOrigin((1.5, -2.5, 1 / 3))
+    image.SetSpacing((0.9, 0.7, 2.5))
+    image.SetDirection((0, 0, 1, 1, 0, 0, 0, -1, 0))
+    sitk.WriteImage(image, tmp_path / f"in{suffix}")
+    before = sitk.ReadImage(tmp_path / f"in{suffix}")
+    volume = read_volume(tmp_path / f"in{suffix}")
+    turned = sitk.DICOMOrient(before, "LPS")
+    np.testing.assert_array_equal(volume.array, sitk.GetArrayFromImage(turned))
+    np.testing.assert_allclose(volume.affine[:3, 3], turned.GetOrigin(), atol=1e-9)
+    np.testing.assert_allclose(volume.spacing_mm_zyx, turned.GetSpacing()[::-1])
+
+    out = write_volume(volume, tmp_path / "out", description="x")
+    assert out.name == f"synthetic{suffix}"
+    after = sitk.ReadImage(out)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(after), sitk.GetArrayFromImage(before))
+    for get in ("GetOrigin", "GetSpacing", "GetDirection", "GetPixelIDValue"):
+        assert getattr(after, get)() == getattr(before, get)()
+
+
+def test_refused_in_one_line(tmp_path):
+    path = tmp_path / "x.nii.gz"
+    broken = values()
+    broken[0, 0, :2] = np.nan, np.inf
+    assert "found 2 that" in refusal(saved(path, broken))
+    assert "complex" in refusal(saved(path, values().astype(np.complex64)))
+    assert "three axes" in refusal(saved(path, np.stack([values()] * 2, axis=-1)))
+    rgb = np.zeros(SHAPE_XYZ, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    assert "RGB" in refusal(saved(path, rgb))
+    saved(path.with_suffix(""), values())
+    raw = bytearray(path.with_suffix("").read_bytes())
+    raw[280:296] = bytes(16)  # srow_x
+    (tmp_path / "flat.nii").write_bytes(raw)
+    assert "invertible" in refusal(tmp_path / "flat.nii")
+    path.write_bytes(b"not an image")
+    assert "readable" in refusal(path)
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 24, 40, 3), np.uint8), isVector=True), tmp_path / "c.mha")
+    assert "components" in refusal(tmp_path / "c.mha")
+    (tmp_path / "d.mha").write_bytes(b"ObjectType = Image\n")
+    assert "readable" in refusal(tmp_path / "d.mha")
+    (tmp_path / "e.jpg").write_bytes(b"")
+    assert ".mha" in refusal(tmp_path / "e.jpg", read_volume)
+
+
+@pytest.mark.parametrize("name", ["whole.nii", "whole.nii.gz", "whole.mha", "whole.nrrd"])
+def test_truncated_files_and_false_claims_are_refused(tmp_path, name):
+    whole, cut = tmp_path / name, tmp_path / f"cut{name[5:]}"
+    if ".nii" in name:
+        saved(whole, values())
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(values().T), whole)
+    raw = whole.read_bytes()
+    cut.write_bytes(raw[: len(raw) * 3 // 4])
+    refusal(cut)
+    if name == "whole.nii":
+        header = nib.load(whole).header
+        header["dim"][1:4] = 30000
+        cut.write_bytes(header.binaryblock + raw[348:])
+        assert "more than the file can hold" in refusal(cut)
+    if name == "whole.mha":
+        cut.write_bytes(raw.replace(b"DimSize = 40 24 5", b"DimSize = 9999 9999 9999"))
+        assert "more than the file can hold" in refusal(cut)
+
+
+def test_writer_refuses_other_sizes_and_values(tmp_path):
+    volume = read_image(saved(tmp_path / "in.nii.gz", values()))
+    for array, words in (
+        (volume.array[1:], "voxels"),
+        (volume.array + np.float32(np.nan), "found 4800"),
+        (volume.array * 100, "int16"),
+    ):
+        with pytest.raises(DataError, match=words):
+            write_image(dataclasses.replace(volume, array=array), tmp_path / "out.nii.gz")
+        assert not (tmp_path / "out.nii.gz").exists()
+
+
+@real_data
+def test_one_real_volume_in_seven_orders_of_axes(tmp_path):
+    paths = sorted(NIFTI.glob("orient_*.nii.gz"))
+    assert len(paths) == 7
+    first = read_image(paths[0])
+    for path in paths:
+        volume = read_image(path)
+        np.testing.assert_array_equal(volume.array, first.array)
+        np.testing.assert_allclose(volume.affine, first.affine, atol=1e-3)
+        write_image(volume, tmp_path / path.name)
+        before, after = nib.load(path), nib.load(tmp_path / path.name)
+        np.testing.assert_array_equal(after.affine, before.affine)
+        for field in ("sform_code", "qform_code", "srow_x", "quatern_b", "pixdim", "xyzt_units", "dim"):
+            assert after.header[field].tobytes() == before.header[field].tobytes()
+        np.testing.assert_allclose(after.get_fdata(), before.get_fdata(), atol=1e-5)
+
+
+@real_data
+@pytest.mark.parametrize(
+    "row",
+    [line.split(",")[0] for line in (NIFTI.parent / "expected_nifti.csv").read_text().splitlines()[1:]]
+    if NIFTI.is_dir()
+    else [],
+)
+def test_every_odd_file_is_read_right_or_refused_in_one_line(row):
+    path = NIFTI.parent / row
+    if "complex" in row:
+        assert "complex" in refusal(path)
+    elif "-inf" in row:
+        assert "found 633" in refusal(path)
+    else:
+        volume, data = read_image(path), nib.load(path).get_fdata()
+        assert sorted(volume.array.shape) == sorted(data.shape[:3])
+        np.testing.assert_allclose((volume.array.min(), volume.array.max()), (data.min(), data.max()), rtol=1e-6)
+
+
+def test_png_slices_are_ordered_by_their_number(tmp_path):
+    folder = tmp_path / "png"
+    folder.mkdir()
+    planes = np.random.default_rng(0).integers(0, 256, (3, 24, 40), dtype=np.uint8)
+    for plane, name in zip(planes, ("s_2", "s_10", "s_11"), strict=True):
+        sitk.WriteImage(sitk.GetImageFromArray(plane), folder / f"{name}.png")
+    volume = read_volume(folder)
+    np.testing.assert_array_equal(volume.array, planes)
+    assert volume.positions_mm.tolist() == [2, 10, 11] and volume.unit == "uint8"
+    np.testing.assert_array_equal(np.abs(volume.affine[:2, :2]), np.eye(2))
+
+    out = write_volume(dataclasses.replace(volume, array=volume.array + 0.4), tmp_path / "out", description="x")
+    assert sorted(p.name for p in out.iterdir()) == ["s_10.png", "s_11.png", "s_2.png"]
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(out / "s_10.png")), planes[1])
+    with pytest.raises(DataError, match="holds the source"):
+        write_volume(volume, folder, description="x")
+    with pytest.raises(DataError, match="a name a slice"):
+        write_png_folder(dataclasses.replace(volume, headers=("s_2",)), tmp_path / "short")
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "words"),
+    [
+        ("s_1.png", np.zeros((24, 40, 3), np.uint8), "8-bit grey"),
+        ("s_1.png", np.zeros((24, 40), np.uint16), "8-bit grey"),
+        ("s_1.png", np.zeros((40, 24), np.uint8), "one size"),
+        ("s_02.png", np.zeros((24, 40), np.uint8), "twice"),
+        ("last.png", np.zeros((24, 40), np.uint8), "slice number"),
+    ],
+)
+def test_png_refusals(tmp_path, name, pixels, words):
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((24, 40), np.uint8)), tmp_path / "s_2.png")
+    sitk.WriteImage(sitk.GetImageFromArray(pixels, isVector=pixels.ndim == 3), tmp_path / name)
+    with pytest.raises(DataError, match=words):
+        read_png_folder(tmp_path)
