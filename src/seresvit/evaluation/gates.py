@@ -5,6 +5,7 @@ say how strongly a block scaled each branch; not where in the image, and not whe
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,17 @@ import torch
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from rich.markup import escape
 from rich.table import Table
 from scipy.stats import spearmanr
 
 from seresvit.config import ConfigError
 from seresvit.data import read_volume
-from seresvit.data.pairing import Case, Pair, load_channels, load_pair, matched_slices, read_manifest
+from seresvit.data.pairing import Case, Pair, load_channels, load_pair, matched_slices, on_shared_slices, read_manifest
 from seresvit.data.volume import written_whole
 from seresvit.model.fusion import record_gates
-from seresvit.synthesis.predict import Predictor, on_common_slices
+from seresvit.synthesis.predict import Predictor
 
 BRANCHES = ("transformer", "cnn")
 
@@ -42,11 +44,15 @@ TISSUES_HU = {
 
 # A slice that hardly meets the body is no example of a tissue.
 MIN_BODY_SHARE = 0.05
-# A gate is called nearly constant when its channels move between images by less than this part of what they differ by.
-NEARLY_CONSTANT = 0.05
+# A gate is called nearly constant when its channels move between images by less than this part of what they differ by,
+# or, in an untrained network whose channels are all alike, by less than a thousandth of the gate's range.
+NEARLY_CONSTANT, THOUSANDTH = 0.1, 0.001
 
 COLOURS = ("#2f6690", "#d1673a", "#4b8b5a", "#8a5a9e", "#9a7b1f", "#5c6670")
+# Names of sources may be in Hangul, which Matplotlib's own font lacks.
+HANGUL_FONTS = {"Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo"}
 STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans", *sorted(HANGUL_FONTS & {font.name for font in fontManager.ttflist})],
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.edgecolor": "#aab2b9",
@@ -130,7 +136,7 @@ def read_gates(predictor: Predictor, cases: tuple[Case, ...], pair: Pair) -> dic
     sources, index = pair.sources, np.arange(len(pair.target.array))
     if pair.dropped:
         # An intensity rule by percentile sees the whole image in prediction; so it must here.
-        sources = on_common_slices([read_volume(case.source_path) for case in cases])
+        sources = tuple(on_shared_slices([read_volume(case.source_path) for case in cases]))
         index = matched_slices(pair.target, sources[0])[1]
     found: dict[str, list[np.ndarray]] = {}
     for batch_BCHW in predictor.batches(*sources):
@@ -249,7 +255,7 @@ def _movement(block: str, gate_NC: np.ndarray) -> dict[str, Any]:
         moved[branch] = {name: float(value) for name, value in spread.items()}
     over_images = float(np.sqrt(gate_NC.var(axis=0, dtype=np.float64).mean()))
     over_channels = float(gate_NC.mean(axis=0, dtype=np.float64).std())
-    constant = len(gate_NC) > 1 and over_images < NEARLY_CONSTANT * over_channels
+    constant = len(gate_NC) > 1 and over_images < max(NEARLY_CONSTANT * over_channels, THOUSANDTH)
     verdict = (
         f"The gate of {block_title(block)} {'is nearly constant' if constant else 'changes with the image'}: between "
         f"images a channel's value moves by {over_images:.4f} (standard deviation), while channels differ by "
@@ -293,20 +299,25 @@ def _finding(images: pd.DataFrame, examples: list[dict[str, Any]]) -> str:
     """One sentence on what the two example images show: the largest difference, its direction and its size."""
     if not examples:
         return ""
-    bone, soft = (example["shares"] for example in examples)
+    # Rounded as the table shows them, so that the reader's subtraction comes to the same.
+    bone, soft = (
+        {block: {branch: round(share, 4) for branch, share in of_block.items()} for block, of_block in shares.items()}
+        for shares in (example["shares"] for example in examples)
+    )
     places = [(block, branch) for block in bone for branch in BRANCHES]
     differences = {(block, branch): bone[block][branch] - soft[block][branch] for block, branch in places}
     block, branch = max(differences, key=lambda place: abs(differences[place]))
     difference, spread = differences[block, branch], float(images[f"{block}_{branch}"].std(ddof=0))
     name = {"transformer": "transformer", "cnn": "CNN"}
-    ratio = f", {abs(difference) / spread:.1f} standard deviations of all {len(images)} images" if spread else ""
+    size = f", {100 * abs(difference) / soft[block][branch]:.2f} % of it"
+    size += f" and {abs(difference) / spread:.1f} standard deviations of all {len(images)} images" if spread else ""
     others = "; ".join(
         f"{name[k]} {block_title(b)} {_signed(differences[b, k])}" for b, k in places if (b, k) != (block, branch)
     )
     return (
         f"The two images differ most in the {name[branch]} share of {block_title(block)}, which is "
         f"{bone[block][branch]:.4f} with most bone against {soft[block][branch]:.4f} with most soft tissue "
-        f"({_signed(difference)}{ratio}); the other differences are {others}."
+        f"({_signed(difference)}{size}); the other differences are {others}."
     )
 
 
@@ -358,7 +369,10 @@ def _plot(explanation: Explanation, path: Path) -> None:
             row[0].set_ylabel("share")
         if images["source"].nunique() > 1:
             figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=6)
-        figure.savefig(path, dpi=150)
+        with warnings.catch_warnings():
+            # Without such a font the legend shows boxes, which is no reason to disturb the command line.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            figure.savefig(path, dpi=150)
 
 
 def render_table(explanation: Explanation) -> Table:

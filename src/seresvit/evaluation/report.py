@@ -8,7 +8,9 @@ import io
 import json
 import math
 import os
+import re
 from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.ticker import LogLocator, NullLocator
 
 from seresvit import __version__
 from seresvit.data import read_volume
@@ -33,21 +37,28 @@ from seresvit.model import checkpoint
 TEMPLATE = "report.html.j2"
 MEMORY = "report.json"
 MAX_CASES = 4
+# Blue, white, red: no error is as white as the page.
+ERROR_COLOURS = LinearSegmentedColormap.from_list("error", ["#0b3c7d", "#5b9bd1", "#ffffff", "#e2775b", "#8f1023"])
 HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim")
-ERROR_COLOURS = "RdBu_r"
 
 # Grey levels as a radiologist would set them: soft tissue, or wider where iodine would saturate it.
-SOFT_WINDOW_HU = (-160.0, 240.0)
+WINDOWS = {"HU": (-160.0, 240.0), "arbitrary": (0.0, 1.0), "uint8": (0.0, 255.0)}
 CONTRAST_WINDOW_HU = (-200.0, 500.0)
 SATURATED_SHARE = 0.02
 
 
 @dataclass(frozen=True)
 class _Prediction:
-    """One prediction folder and what its prediction.json says."""
+    """One prediction folder, what its prediction.json says, and the cases (one a channel) that it is of, if known."""
 
     folder: Path
     record: dict[str, Any]
+    cases: tuple[Case, ...]
+
+    @property
+    def of(self) -> tuple[str, str]:
+        """Patient and source."""
+        return str(self.record["patient"]), str(self.record["source"])
 
 
 @dataclass(frozen=True)
@@ -72,35 +83,25 @@ def write_report(out: Path, predictions: Path | None = None, manifest: Path | No
     `out` holds nothing to report, or when a file in it cannot be read.
     """
     out = Path(out)
-    summary, slices, gates = (_table(out / name) for name in ("summary.csv", "slices.csv", "gates.csv"))
-    explained = _json(out / "gates.json") if gates is not None else None
+    summary, slices = (_read(out / name, _table) for name in ("summary.csv", "slices.csv"))
+    explained = _read(out / "gates.json", json.loads)
     if summary is None and explained is None:
         raise DataError(f"{out}: holds neither summary.csv nor gates.json; run seresvit evaluate or explain first")
-    predictions, manifest = _remembered(out, predictions, manifest)
-    found = _read_predictions(predictions)
-    records = [prediction.record for prediction in found.values()]
-    unit = records[0]["intensity"]["unit"] if records and records[0].get("intensity") else ""
-    trained_at = records[0].get("checkpoint", "") if records else (explained or {}).get("checkpoint", "")
-    cases, missing = _cases(manifest)
-    page: dict[str, Any] = {"version": __version__, "missing": [missing] if missing else []}
-    if summary is not None and not found:
-        page["missing"].append(f"The predictions are no longer at {predictions}: the page has no images.")
-    page["trained"] = _trained(Path(trained_at), records) if trained_at else None
+    found, missing = _read_predictions(*_remembered(out, predictions, manifest))
+    first = found[0].record if found else {}
+    unit = (first.get("intensity") or {}).get("unit", "")
+    trained_at = first.get("checkpoint") or (explained or {}).get("checkpoint")
+    page: dict[str, Any] = {"version": __version__, "missing": missing}
     if summary is not None:
         page |= _scores(summary, unit)
-    page["panels"] = None
-    if slices is not None and found and cases:
-        page["panels"] = _panels(_chosen(slices), found, cases)
+    if slices is not None:
+        page["panels"] = _panels(_chosen(slices), found)
     if explained is not None:
-        other = bool(records) and explained["checkpoint"] != trained_at
-        page["gates"] = _gates(out, explained, found, cases, other)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        page["gates"] = _gates(out, explained, found)
+    if trained_at:
+        page["trained"] = _trained(Path(trained_at), [prediction.record for prediction in found])
+    templates = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=templates, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     with written_whole(out / "report.html") as path:
         path.write_text(environment.get_template(TEMPLATE).render(page), encoding="utf-8")
     return out / "report.html"
@@ -108,7 +109,7 @@ def write_report(out: Path, predictions: Path | None = None, manifest: Path | No
 
 def _remembered(out: Path, predictions: Path | None, manifest: Path | None) -> tuple[Path | None, Path | None]:
     """The paths given now, else those given before; and writes them down."""
-    before = _json(out / MEMORY) or {}
+    before = _read(out / MEMORY, json.loads) or {}
     places = {"predictions": predictions, "manifest": manifest}
     for name, path in places.items():
         if path is None and name in before:
@@ -119,41 +120,39 @@ def _remembered(out: Path, predictions: Path | None, manifest: Path | None) -> t
     return places["predictions"], places["manifest"]
 
 
-def _table(path: Path) -> pd.DataFrame | None:
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    """What `parse` makes of the file's text; None where there is no file."""
     if not path.is_file():
         return None
     try:
-        return pd.read_csv(path, dtype={"patient": str, "source": str, "split": str}, keep_default_na=True)
+        return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable CSV table ({' '.join(str(error).split())}); write it again") from None
+        fault = " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be read ({fault}); remove it and run the command that wrote it") from None
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+def _table(text: str) -> pd.DataFrame:
+    return pd.read_csv(io.StringIO(text), dtype={"patient": str, "source": str, "split": str})
+
+
+def _read_predictions(folder: Path | None, manifest: Path | None) -> tuple[list[_Prediction], list[str]]:
+    """The predictions, and sentences on what is no longer where it was."""
+    if folder is None or manifest is None:
+        return [], []
+    records = {path.parent: _read(path, json.loads) for path in sorted(folder.glob("*/prediction.json"))}
+    if not records:
+        return [], [f"No images are shown: {folder} holds no predictions any more."]
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable JSON ({error}); remove it and run the command again") from None
-
-
-def _read_predictions(folder: Path | None) -> dict[tuple[str, str], _Prediction]:
-    """(patient, source) → prediction; empty when the folder is gone."""
-    found = {}
-    for path in sorted(folder.glob("*/prediction.json")) if folder else []:
-        record = _json(path) or {}
-        found[str(record["patient"]), str(record["source"])] = _Prediction(path.parent, record)
-    return found
-
-
-def _cases(manifest: Path | None) -> tuple[dict[tuple[str, str], Case], str]:
-    """(patient, source) → case; and, when the manifest cannot be used any more, a sentence that says so."""
-    if manifest is None:
-        return {}, ""
-    try:
-        return {(case.patient, case.source): case for case in read_manifest(manifest)}, ""
+        known = {(case.patient, case.source): case for case in read_manifest(manifest)}
     except DataError as error:
-        return {}, f"No images are shown: {error}."
+        return [_Prediction(path, record, ()) for path, record in records.items()], [f"No images are shown: {error}."]
+    found = []
+    for path, record in records.items():
+        patient, source = _Prediction(path, record, ()).of
+        names = [source] if (patient, source) in known else source.split("+")
+        group = tuple(known[patient, name] for name in names if (patient, name) in known)
+        found.append(_Prediction(path, record, group if len(group) == len(names) else ()))
+    return found, []
 
 
 # What was trained: from the checkpoint, and from the run folder that it lies in.
@@ -164,16 +163,21 @@ def _trained(path: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
     facts: list[tuple[str, str]] = []
     try:
         state, header = checkpoint.read(path)
-        facts += _facts_of_checkpoint(header, sum(t.numel() for k, t in state.items() if "running_" not in k))
+        learned = (
+            tensor for key, tensor in state.items() if not re.search(r"\.(running_\w+|num_batches_tracked)$", key)
+        )
+        facts += _facts_of_checkpoint(header, sum(tensor.numel() for tensor in learned))
     except DataError:
         header = {}
         facts.append(("Checkpoint", f"{path.name}, no longer where it was at prediction"))
     run = path.parents[2] if len(path.parents) > 2 else path.parent
-    made = _json(run / "manifest.json") if (run / "config.yaml").is_file() else None
+    made = _read(run / "manifest.json", json.loads) if (run / "config.yaml").is_file() else None
     log = _read_log(run / "log.jsonl") if made else pd.DataFrame()
     if made:
-        counted = [f"{made['num_patients'][s]} patients, {made['num_slices'][s]} slices" for s in ("train", "val")]
-        facts.append(("Data", f"{counted[0]} to train; {counted[1]} to validate"))
+        patients, planes = made["num_patients"], made["num_slices"]
+        verbs = {"train": "to train", "val": "to validate"}
+        counts = (f"{patients[split]} {verb} ({planes[split]:,} slices)" for split, verb in verbs.items())
+        facts.append(("Patients", ", ".join(counts)))
         if len(log):
             seen = (f"{of.images.max():,} in stage {stage}" for stage, of in log.groupby("stage"))
             facts.append(("Images seen", " and ".join(seen)))
@@ -232,15 +236,18 @@ def _curves(log: pd.DataFrame, unit: str) -> str:
     with rc_context(STYLE):
         figure = Figure(figsize=(9.6, 2.9), layout="constrained")
         FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
+        left, right = figure.subplots(1, 2, sharex=True)
         names = {"l1": "L1", "adversarial": "adversarial", "discriminator": "discriminator"}
         for colour, (column, name) in zip(COLOURS, names.items(), strict=False):
             if column in log:
                 drawn = log.dropna(subset=[column])
                 left.plot(drawn["seen"], drawn[column], color=colour, linewidth=1.2, label=name)
         left.set_yscale("log")
-        left.set_title("Losses in training, unweighted", loc="left")
-        left.legend(ncols=3, loc="upper right")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        left.yaxis.set_minor_locator(NullLocator())
+        left.set_title("Training losses", loc="left")
+        left.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
         if "val_mae" in log:
             drawn = log.dropna(subset=["val_mae"])
             right.plot(drawn["seen"], drawn["val_mae"], color=COLOURS[0], linewidth=1.2, marker="o", markersize=3)
@@ -253,13 +260,7 @@ def _curves(log: pd.DataFrame, unit: str) -> str:
             axis.locator_params(axis="x", nbins=6)
             if begins is not None:
                 axis.axvline(begins, color="#aab2b9", linewidth=1, linestyle=":")
-                axis.annotate(
-                    " stage 2",
-                    (begins, 0.02),
-                    xycoords=("data", "axes fraction"),
-                    fontsize=8,
-                    color="#5c6670",
-                )
+                axis.text(begins, 0.03, " stage 2", transform=axis.get_xaxis_transform(), fontsize=8, color="#5c6670")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=180)
     return _data_url(buffer.getvalue())
@@ -274,11 +275,11 @@ def _scores(summary: pd.DataFrame, unit: str) -> dict[str, Any]:
         summary = summary[summary["source"] != "all"]
     metrics = [column.removesuffix("_mean") for column in summary.columns if column.endswith("_mean")]
     of_labels = [metric for metric in metrics if metric.startswith("mae_")]
-    tables = [_score_table(summary, [m for m in metrics if m not in of_labels], unit)]
-    if of_labels:
-        tables.append(_score_table(summary, of_labels, unit))
+    chosen = {"": [m for m in metrics if m not in of_labels], "Mean absolute error by label": of_labels}
+    tables = [{"title": title, **_score_table(summary, names, unit)} for title, names in chosen.items() if names]
     protocol = str(summary["protocol"].iloc[0]) if "protocol" in summary else ""
-    return {"scores": tables, "protocol": protocol, "headline": _headline(summary, unit)}
+    words = {"protocol": protocol, "methods": list(summary["method"].unique())}
+    return {"scores": tables, "headline": _headline(summary, unit), **words}
 
 
 def _score_table(summary: pd.DataFrame, metrics: list[str], unit: str) -> dict[str, Any]:
@@ -297,14 +298,13 @@ def _score_table(summary: pd.DataFrame, metrics: list[str], unit: str) -> dict[s
             }
             for row in rows.to_dict("records")
         ]
-        first = rows.iloc[0]
-        counts = {name: int(first[name]) for name in ("patients", "cases", "slices")}
+        counts = {name: int(rows[name].iloc[0]) for name in ("patients", "cases", "slices")}
         groups.append({"split": split, "source": "all sources" if source == "all" else source, "rows": lines} | counts)
     columns = []
     for metric in metrics:
         name, _, label = metric.partition("mae_")
         of_unit = "dB" if name == "psnr" else unit if unit == "HU" and (label or name in ("mae", "rmse")) else ""
-        title = f"MAE in {label}" if label else name.upper().replace("_", "-")
+        title = label or metric.upper().replace("_", "-")
         columns.append({"title": title, "unit": of_unit, "better": "↑" if name in HIGHER_IS_BETTER else "↓"})
     return {"columns": columns, "groups": groups, "splits": summary["split"].nunique() > 1}
 
@@ -331,7 +331,10 @@ def _headline(summary: pd.DataFrame, unit: str) -> dict[str, Any] | None:
         return None
     figures = [(str(row["method"]), f"{row['mae_mean']:.{_digits('mae', summary)}f}") for row in rows]
     counts = {name: int(rows[0][name]) for name in ("patients", "cases")}
-    return {"figures": figures, "unit": unit if unit == "HU" else "", "split": rows[0]["split"]} | counts
+    of_network = next((row["mae_mean"] for row in rows if row["method"] == METHODS[0]), math.nan)
+    beaten_by = [str(row["method"]) for row in rows if row["mae_mean"] < of_network]
+    words = {"unit": unit if unit == "HU" else "", "split": rows[0]["split"]}
+    return {"figures": figures, "beaten_by": beaten_by, **words, **counts}
 
 
 # Images: cases from the best to the worst, of each the slice with median error and the one with the largest.
@@ -339,13 +342,12 @@ def _headline(summary: pd.DataFrame, unit: str) -> dict[str, Any] | None:
 
 def _chosen(slices: pd.DataFrame) -> list[dict[str, Any]]:
     """Up to MAX_CASES cases, evenly spread over their ranks by MAE, with the two slices of each."""
-    of_network = slices[slices["method"] == METHODS[0]]
+    of_network = slices[slices["method"] == METHODS[0]].dropna(subset=["mae"])  # an empty mask has no error
     tested = of_network[of_network["split"] == "test"]
     of_network = of_network if tested.empty else tested
     ranked = of_network.groupby(["patient", "source"], sort=False)["mae"].mean().sort_values(kind="stable")
-    places = sorted(set(np.linspace(0, len(ranked) - 1, MAX_CASES).round().astype(int).tolist()))
-    chosen = []
-    for place in places:
+    chosen: list[dict[str, Any]] = []
+    for place in sorted(set(np.linspace(0, len(ranked) - 1, MAX_CASES).round().astype(int).tolist())):
         patient, source = ranked.index[place]
         of_case = of_network[(of_network["patient"] == patient) & (of_network["source"] == source)].sort_values("mae")
         picks = {"median error": of_case.iloc[(len(of_case) - 1) // 2], "largest error": of_case.iloc[-1]}
@@ -355,19 +357,19 @@ def _chosen(slices: pd.DataFrame) -> list[dict[str, Any]]:
             {"why": why, "slice": int(r["slice"]), "position_mm": r["position_mm"], "mae": r["mae"]}
             for why, r in picks.items()
         ]
-        chosen.append({"patient": patient, "source": source, "rank": place + 1, "of": len(ranked), "slices": rows})
-        chosen[-1]["mae"] = float(ranked.iloc[place])
+        case = {"patient": patient, "source": source, "slices": rows}
+        chosen.append(case | {"rank": place + 1, "of": len(ranked), "mae": float(ranked.iloc[place])})
     return chosen
 
 
-def _panels(
-    chosen: list[dict[str, Any]], found: dict[tuple[str, str], _Prediction], cases: dict[tuple[str, str], Case]
-) -> dict[str, Any] | None:
+def _panels(chosen: list[dict[str, Any]], found: list[_Prediction]) -> dict[str, Any] | None:
     """The images of each chosen case's slices as data URLs, all under one window and one error scale; and these."""
     shown: list[tuple[dict[str, Any], _Images]] = []
     for case in chosen:
-        indices = [line["slice"] for line in case["slices"]]
-        shown += zip(case["slices"], _load(case["patient"], case["source"], indices, found, cases), strict=False)
+        for prediction in found:
+            if prediction.cases and (case["patient"], case["source"]) == prediction.of:
+                loaded = _load(prediction, [line["slice"] for line in case["slices"]])
+                shown += zip(case["slices"], loaded, strict=True)
     if not shown:
         return None
     every = [images for _, images in shown]
@@ -386,43 +388,21 @@ def _panels(
     }
 
 
-def _load(
-    patient: str,
-    source: str,
-    indices: list[int],
-    found: dict[tuple[str, str], _Prediction],
-    cases: dict[tuple[str, str], Case],
-) -> list[_Images]:
-    """These slices (indices into the slices that source and target share) of one case; none without a prediction."""
-    names = [source] if (patient, source) in cases else source.split("+")
-    group = [cases[patient, name] for name in names if (patient, name) in cases]
-    if (patient, source) not in found or len(group) < len(names):
-        return []
-    pair, prediction = load_pair(*group), found[patient, source]
+def _load(prediction: _Prediction, indices: list[int]) -> list[_Images]:
+    """These slices, as indices into those that source and target share. Raises DataError when they are not there."""
+    pair = load_pair(*prediction.cases)
     synthetic = read_volume(prediction.folder / prediction.record.get("path", "."))
-    in_target, in_synthetic = matched_slices(pair.target, synthetic)
-    if same_grid(synthetic, pair.target) or not set(indices) <= set(in_target.tolist()):
+    place = dict(zip(*(index.tolist() for index in matched_slices(pair.target, synthetic)), strict=True))
+    if same_grid(synthetic, pair.target) or not place.keys() >= set(indices):
         raise DataError(f"{prediction.folder}: is not on the target's grid any more; predict and evaluate again")
     rule = prediction.record.get("intensity") or {}
-    scale = rule.get("high") if rule.get("kind") == "percentile" else None
-    target, source_values = _displayed(pair.target), _displayed(pair.source)
-    synthetic_values = _displayed(synthetic, scale)[in_synthetic[np.argsort(in_target)]]
+    source, target = _displayed(pair.source), _displayed(pair.target)
+    values = _displayed(synthetic, rule["high"] if rule.get("kind") == "percentile" else None)
     _, row_mm, column_mm = pair.target.spacing_mm_zyx
-    axes = pair.target.affine[:3, :2] / np.linalg.norm(pair.target.affine[:3, :2], axis=0)
-    axial = pair.target.format != "png" and bool(axes[0, 0] > 0.9 and axes[1, 1] > 0.9)
-    place = {int(z): k for k, z in enumerate(np.sort(in_target))}
-    return [
-        _Images(
-            source_values[z],
-            target[z],
-            synthetic_values[place[z]],
-            pair.source.unit,
-            pair.target.unit,
-            row_mm / column_mm,
-            axial,
-        )
-        for z in indices
-    ]
+    rightward, downward = (pair.target.affine[:3, :2] / np.linalg.norm(pair.target.affine[:3, :2], axis=0)).T
+    axial = pair.target.format != "png" and bool(rightward[0] > 0.9 and downward[1] > 0.9)
+    units = pair.source.unit, pair.target.unit
+    return [_Images(source[z], target[z], values[place[z]], *units, row_mm / column_mm, axial) for z in indices]
 
 
 def _displayed(volume: Volume, scale: float | None = None) -> np.ndarray:
@@ -432,45 +412,39 @@ def _displayed(volume: Volume, scale: float | None = None) -> np.ndarray:
 
 def _window(every: list[_Images]) -> tuple[float, float]:
     """Grey levels of the target: for CT the soft tissue window, unless it would saturate what the body holds."""
-    if every[0].unit != "HU":
-        return _window_of(every[0].unit)
+    window = WINDOWS[every[0].unit]
     body = np.concatenate([images.target[images.target > -300] for images in every])
-    saturated = body.size and (body > SOFT_WINDOW_HU[1]).mean() > SATURATED_SHARE
-    return CONTRAST_WINDOW_HU if saturated else SOFT_WINDOW_HU
-
-
-def _window_of(unit: Unit) -> tuple[float, float]:
-    return {"HU": SOFT_WINDOW_HU, "arbitrary": (0.0, 1.0), "uint8": (0.0, 255.0)}[unit]
+    saturated = every[0].unit == "HU" and body.size and (body > window[1]).mean() > SATURATED_SHARE
+    return CONTRAST_WINDOW_HU if saturated else window
 
 
 def _grey_words(images: _Images, window: tuple[float, float]) -> str:
-    words = {
-        "HU": f"level {sum(window) / 2:g}, width {window[1] - window[0]:g} HU ({window[0]:g} to {window[1]:g} HU)",
-        "arbitrary": "0 to the 99.5th percentile of the image's foreground",
-        "uint8": "0 to 255",
-    }
+    def words(unit: Unit, low: float, high: float) -> str:
+        of_ct = f"level {(low + high) / 2:g}, width {high - low:g} HU (from {low:g} to {high:g} HU)".replace(" -", " −")
+        return {"HU": of_ct, "arbitrary": "0 to the 99.5th percentile of the foreground", "uint8": "0 to 255"}[unit]
+
     same = images.source_unit == images.unit
-    of_source = "" if same else f"; source {words[images.source_unit]}"
-    return (words[images.unit] + of_source).replace("(-", "(−")
+    of_source = "" if same else f"; source: {words(images.source_unit, *WINDOWS[images.source_unit])}"
+    return words(images.unit, *window) + of_source
 
 
 def _encoded(images: _Images, window: tuple[float, float], limit: float) -> list[dict[str, Any]]:
-    """Source, synthetic, target and error as {name, url, width, height}, with the height as it is in millimetres."""
-    source_window = window if images.source_unit == images.unit else _window_of(images.source_unit)
+    """Source, synthetic, target and error as {name, url, width, height}; width to height as they are in millimetres."""
+    source_window = window if images.source_unit == images.unit else WINDOWS[images.source_unit]
     rows, columns = images.target.shape
     urls = {
-        "source": _png(images.source, *source_window, "gray"),
-        "synthetic": _png(images.synthetic, *window, "gray"),
-        "target": _png(images.target, *window, "gray"),
+        "source": _png(images.source, *source_window),
+        "synthetic": _png(images.synthetic, *window),
+        "target": _png(images.target, *window),
         "error": _png(images.synthetic - images.target, -limit, limit, ERROR_COLOURS),
     }
-    height = round(rows * images.pixel_aspect)
+    height = f"{rows * images.pixel_aspect:g}"
     return [{"name": name, "url": url, "width": columns, "height": height} for name, url in urls.items()]
 
 
-def _png(array: np.ndarray, low: float, high: float, colours: str) -> str:
+def _png(array: np.ndarray, low: float, high: float, colours: Colormap = colormaps["gray"]) -> str:
     buffer = io.BytesIO()
-    imsave(buffer, array, vmin=low, vmax=high, cmap=colormaps[colours], format="png")
+    imsave(buffer, array, vmin=low, vmax=high, cmap=colours, format="png")
     return _data_url(buffer.getvalue())
 
 
@@ -489,13 +463,8 @@ def _round_up(value: float) -> float:
 # Gates: what explain found, with the images of its two examples.
 
 
-def _gates(
-    out: Path,
-    explained: dict[str, Any],
-    found: dict[tuple[str, str], _Prediction],
-    cases: dict[tuple[str, str], Case],
-    of_other_checkpoint: bool,
-) -> dict[str, Any]:
+def _gates(out: Path, explained: dict[str, Any], found: list[_Prediction]) -> dict[str, Any]:
+    """The example table, the correlations as rows of text, and the plot, ready for the page."""
     blocks = list(explained["blocks"])
     examples = [
         {**example, "slices": [{"slice": example["slice"], "position_mm": example["position_mm"]}]}
@@ -514,10 +483,10 @@ def _gates(
     plot = out / "gates.png"
     return {
         **{name: explained[name] for name in ("num_images", "num_patients", "tissues_by", "finding", "run", "split")},
-        "of_other_checkpoint": of_other_checkpoint,
+        "of_other_checkpoint": bool(found) and found[0].record.get("checkpoint") != explained["checkpoint"],
         "blocks": [block_title(block) for block in blocks],
         "examples": examples,
-        "panels": _panels(examples, found, cases),
+        "panels": _panels(examples, found),
         "means": [f"{share['mean']:.4f} ± {share['std']:.4f}" for share in moved],
         "ranges": [f"{share['min']:.4f} to {share['max']:.4f}" for share in moved],
         "verdicts": [explained["blocks"][block]["verdict"] for block in blocks],

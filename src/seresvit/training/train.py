@@ -203,7 +203,15 @@ def fit(run: Run, stage: Stage, progress: Progress) -> None:
     dataset = TrainingSlices(run.store, run.config.data, config.size, seed=2 * config.seed + stage.number)
     workers = 4 if run.fabric.device.type == "cuda" else 0
     order = range(stage.images, total)
-    loader = DataLoader(dataset, config.batch_size, sampler=order, num_workers=workers, pin_memory=workers > 0)
+    loader = DataLoader(
+        dataset,
+        config.batch_size,
+        sampler=order,
+        num_workers=workers,
+        pin_memory=workers > 0,
+        # Its own: an iterator draws a seed, which would shift the dropout of a resumed run.
+        generator=torch.Generator(),
+    )
     sums: dict[str, torch.Tensor] = {}
     counted, started_s = 0, time.monotonic()
     stage.generator.train()
