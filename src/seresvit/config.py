@@ -124,6 +124,8 @@ class TrainSettings(Settings):
     validate_every_images: Positive = 10_000
     # Slices that one validation looks at, evenly spread over the validation cases.
     validation_slices: Positive = 64
+    # Begin as a network that returns its source; see `start_as_identity` in model/generator.py.
+    identity_start: bool = False
     # Starting points, taken by stage 2 when given: a checkpoint (or published .pth), and ImageNet ViT weights (.npz).
     init_from: str = ""
     vit_weights: str = ""

@@ -13,7 +13,7 @@ import seresvit
 from seresvit.config import FusionSettings, ModelSettings, VitSettings
 from seresvit.model import checkpoint
 from seresvit.model.fusion import record_gates
-from seresvit.model.generator import Generator, pad_to_multiple, upsample_widths
+from seresvit.model.generator import Generator, pad_to_multiple, start_as_identity, upsample_widths
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 GENERATORS = ["concat_256", "se_256", "se_256_many", "se_512", "concat_512_deep", "rescnn_256"]
@@ -177,3 +177,20 @@ def test_eval_is_deterministic_and_train_is_not():
 def test_load_is_reachable_from_the_package():
     assert seresvit.load is checkpoint.load
     assert seresvit.record_gates is record_gates
+
+
+def test_identity_start_returns_the_source():
+    torch.manual_seed(0)
+    settings = ModelSettings(
+        base_channels=8, token_grid=(4, 4), vit=VitSettings(depth=1, width=16, heads=2, mlp_width=16)
+    )
+    y, x = torch.meshgrid(torch.linspace(0, 9, 64), torch.linspace(0, 7, 64), indexing="ij")
+    source = torch.stack([torch.sin(x * y / 9 + shift) for shift in torch.arange(4)])[:, None] * 0.9
+    for blocks in ((), (1, 6)):
+        network = Generator(settings.model_copy(update={"transformer_blocks": blocks})).train()
+        before = np.corrcoef(network(source).detach().flatten(), source.flatten())[0, 1]
+        start_as_identity(network)
+        after = np.corrcoef(network(source).detach().flatten(), source.flatten())[0, 1]
+        assert after > 0.98 > before
+    with pytest.raises(ValueError, match="8 base channels"):
+        start_as_identity(Generator(TINY))

@@ -6,6 +6,7 @@ Names in the state dict are addresses: `art_6.upsample.0.conv.weight` is where i
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -164,6 +165,53 @@ def pad_to_multiple(x_BCHW: torch.Tensor, multiple: int) -> torch.Tensor:
             index = torch.arange(padded, device=x_BCHW.device) % period
             x_BCHW = x_BCHW.index_select(axis, torch.where(index < size, index, period - index))
     return x_BCHW
+
+
+@torch.no_grad()
+def start_as_identity(network: Generator) -> None:
+    """Set the first weights so that the untrained network roughly returns its source (the mean of its channels).
+
+    Stem and head pass the image on as a pair of channels of opposite sign, which ReLUs cannot cut; each encoding stage
+    deals its pixels out to four times as many pairs and each decoding stage gathers them again (a pixel shuffle);
+    residual bodies add nothing yet (Goyal et al., 2017) and compressions pass the CNN's features on. The channels that
+    are not needed for this keep their random weights. Source and target of one body share most of their detail, so that
+    a small budget goes into what differs. Not in the published code. Raises ValueError below 8 base channels.
+    """
+    if network.settings.base_channels < 8:
+        raise ValueError("start_as_identity needs at least 8 base channels to hold the pixels")
+    weight = network.state_dict()  # shares its memory with the parameters
+    weight["stem.conv.weight"][:2] = 0
+    weight["stem.conv.weight"][0, :, 3, 3] = 1 / network.settings.in_channels
+    weight["stem.conv.weight"][1] = -weight["stem.conv.weight"][0]
+    for stage, pairs in ((0, 1), (1, 4)):
+        encode, decode = weight[f"encode.{stage}.conv.weight"], weight[f"decode.{1 - stage}.conv.weight"]
+        encode[: 8 * pairs] = 0
+        decode[:, : 2 * pairs] = 0
+        for pair, dealt, row, column in _pixel_shuffle(pairs):
+            for plus, sign in ((0, 1), (1, -1)):
+                encode[2 * dealt + plus, 2 * pair, 1 + row, 1 + column] = sign
+                encode[2 * dealt + plus, 2 * pair + 1, 1 + row, 1 + column] = -sign
+                decode[2 * dealt + plus, 2 * pair, 1 + row, 1 + column] = sign
+                decode[2 * dealt + plus, 2 * pair + 1, 1 + row, 1 + column] = -sign
+    weight["head.conv.weight"] *= 0.1
+    weight["head.conv.weight"][:, :2] = 0
+    weight["head.conv.weight"][:, 0, 3, 3], weight["head.conv.weight"][:, 1, 3, 3] = 0.5, -0.5
+    for number in range(1, NUM_BLOCKS + 1):
+        weight[f"art_{number}.residual.1.norm.weight"].zero_()
+    for number in network.settings.transformer_blocks:
+        width = 4 * network.settings.base_channels
+        weight[f"art_{number}.compress.body.1.norm.weight"].zero_()
+        weight[f"art_{number}.compress.skip.conv.weight"].zero_()
+        weight[f"art_{number}.compress.skip.conv.weight"][:, width:, 0, 0] = torch.eye(width)
+        weight[f"art_{number}.compress.skip.norm.bias"].fill_(1.0)  # else the ReLU behind it cuts one half off
+
+
+def _pixel_shuffle(pairs: int) -> Iterator[tuple[int, int, int, int]]:
+    """(pair before, pair after, row, column) for each of the 2×2 pixels that a stage of stride 2 deals out."""
+    for pair in range(pairs):
+        for row in (0, 1):
+            for column in (0, 1):
+                yield pair, 4 * pair + 2 * row + column, row, column
 
 
 def _initialise(module: nn.Module) -> None:

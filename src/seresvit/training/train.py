@@ -29,7 +29,7 @@ from seresvit.data.intensity import Intensity, reference_intensity
 from seresvit.data.volume import DataError, written_whole
 from seresvit.model import checkpoint
 from seresvit.model.discriminator import Discriminator
-from seresvit.model.generator import Generator
+from seresvit.model.generator import Generator, start_as_identity
 from seresvit.training.losses import discriminator_loss, generator_losses
 
 MODEL, DISCRIMINATOR, STATE = "model.safetensors", "discriminator.safetensors", "state.pt"
@@ -155,6 +155,8 @@ def start_stage(run: Run, number: int, settings: StageSettings, saved: dict[str,
     generator = stage_network(config, number)
     channels = config.model.in_channels + config.model.out_channels
     discriminator = Discriminator(channels, config.train.discriminator_channels)
+    if config.train.identity_start:
+        start_as_identity(generator)
     if saved is not None:
         take_weights(generator, last / MODEL)
         checkpoint.fill(discriminator, checkpoint.read(last / DISCRIMINATOR)[0], str(last / DISCRIMINATOR))
