@@ -33,16 +33,17 @@ def cost(kind: str, side: int, num_downsamples: int, patch_size: int) -> tuple[i
 
 
 def main() -> None:
-    """Print one row a geometry."""
-    print("image      downsamples  patch  parameters concat  parameters se     gate   GFLOP concat  GFLOP se    gate MFLOP")
+    """Print one row a geometry, as Markdown."""
+    print("| image | `num_downsamples` | `patch_size` | parameters, concat | parameters, se | gate", end="")
+    print(" | GFLOP, concat | GFLOP, se | gate |\n" + "|---" * 9 + "|")
     for side, num_downsamples, patch_size in GEOMETRIES:
         plain, plain_flops, _ = cost("concat", side, num_downsamples, patch_size)
         gated, gated_flops, pointwise = cost("se", side, num_downsamples, patch_size)
         extra = gated_flops + pointwise - plain_flops
         print(
-            f"{side}×{side}  {num_downsamples:11}  {patch_size:5}  {plain:17,}  {gated:13,}  {gated - plain:+7,}"
-            f"  {plain_flops / 1e9:12.3f}  {(gated_flops + pointwise) / 1e9:8.3f}"
-            f"  {extra / 1e6:.3f} ({extra / plain_flops:.4%})"
+            f"| {side}×{side} | {num_downsamples} | {patch_size} | {plain:,} | {gated:,} | {gated - plain:+,}"
+            f" | {plain_flops / 1e9:.3f} | {(plain_flops + extra) / 1e9:.3f}"
+            f" | {extra / 1e6:.3f} MFLOP, {100 * extra / plain_flops:.4f} % |"
         )
 
 

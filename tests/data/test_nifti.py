@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from PIL import Image
 
 from seresvit.data import read_volume, write_volume
 from seresvit.data.nifti import read_image, read_png_folder, write_image, write_png_folder
@@ -59,7 +60,7 @@ def test_any_axis_order_is_read_as_simpleitk_turns_it_and_written_back_bit_for_b
     assert volume.array.shape == (5, 24, 40) and volume.unit == "HU" and volume.patient == ""
     assert (np.diff(volume.positions_mm) > 0).all()
 
-    out = write_volume(volume, tmp_path / "out", description="x")
+    out = write_volume(volume, tmp_path / "out", description="")
     before, after = nib.load(path), nib.load(out)
     np.testing.assert_array_equal(after.affine, before.affine)
     for field in before.header:
@@ -244,3 +245,26 @@ def test_png_refusals(tmp_path, name, pixels, words):
     sitk.WriteImage(sitk.GetImageFromArray(pixels, isVector=pixels.ndim == 3), tmp_path / name)
     with pytest.raises(DataError, match=words):
         read_png_folder(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd"])
+def test_what_was_synthesised_says_so_in_its_own_header(tmp_path, suffix):
+    source = saved(tmp_path / "in.nii.gz", values())
+    if suffix != ".nii.gz":
+        sitk.WriteImage(sitk.ReadImage(str(source)), str(tmp_path / f"in{suffix}"))
+        source = tmp_path / f"in{suffix}"
+    written = write_volume(read_volume(source), tmp_path / "out", description="Synthetic 합성 70keV (SE-ResViT)")
+    if suffix == ".nii.gz":
+        assert nib.load(written).header["descrip"].item().decode() == "Synthetic 합성 70keV (SE-ResViT)"
+    else:
+        assert sitk.ReadImage(str(written)).GetMetaData("description") == "Synthetic 합성 70keV (SE-ResViT)"
+    np.testing.assert_array_equal(read_volume(written).array, np.rint(read_volume(source).array))
+
+
+def test_a_synthetic_png_says_so_in_its_own_text(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(np.eye(24, 40).astype(np.uint8) * 200), str(source / "p_07.png"))
+    write_volume(read_volume(source), tmp_path / "out", description="Synthetic CT (SE-ResViT)")
+    with Image.open(tmp_path / "out" / "p_07.png") as image:
+        assert image.text == {"Description": "Synthetic CT (SE-ResViT)"}

@@ -33,8 +33,8 @@ def write_volume(volume: Volume, path: Path, *, description: str, energy_kev: fl
     """Writes `volume` under the folder `path` in its own format; what comes back is what `read_volume` reads again.
 
     DICOM and PNG become the folder, whatever stood there (never its source); NIfTI and ITK images become
-    `synthetic.nii.gz`, `.mha` or `.nrrd` in it. `description` and `energy_kev` label a DICOM series. Raises DataError
-    as the writers do.
+    `synthetic.nii.gz`, `.mha` or `.nrrd` in it. `description` goes into the header of every format, `energy_kev` into
+    that of DICOM. Raises DataError as the writers do.
     """
     from seresvit.data.dicom import write_derived
     from seresvit.data.nifti import write_image, write_png_folder
@@ -47,9 +47,9 @@ def write_volume(volume: Volume, path: Path, *, description: str, energy_kev: fl
         write_derived(volume, path, description=description, energy_kev=energy_kev)
         return path
     if volume.format == "png":
-        write_png_folder(volume, path)
+        write_png_folder(volume, path, description)
         return path
     suffix = volume.path.suffix.lower() if volume.format == "itk" else ".nii.gz"
     file = path / f"synthetic{suffix}"
-    write_image(volume, file)
+    write_image(volume, file, description)
     return file

@@ -12,6 +12,8 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from seresvit.data.volume import DataError, Unit, Volume, written_whole
 
@@ -41,12 +43,12 @@ def read_image(path: Path) -> Volume:
     return _read_nifti(path) if path.name.lower().endswith(NIFTI) else _read_itk(path)
 
 
-def write_image(volume: Volume, path: Path) -> None:
+def write_image(volume: Volume, path: Path, description: str = "") -> None:
     """Writes `volume.array` into the voxel order, affine and header that `read_image` met.
 
-    Data are int16 (rounded) for "HU" and float32 else; scale and display range are reset, all else of a NIfTI header is
-    untouched. Raises DataError: headers of another format, another size than the source file, values not finite or
-    beyond int16.
+    Data are int16 (rounded) for "HU" and float32 else; scale and display range are reset, and `description` is put into
+    the header (NIfTI: `descrip`, its first 79 bytes); all else of a NIfTI header is untouched. Raises DataError:
+    headers of another format, another size than the source file, values not finite or beyond int16.
     """
     path = Path(path)
     if volume.format not in ("nifti", "itk") or not volume.headers:
@@ -60,6 +62,8 @@ def write_image(volume: Volume, path: Path) -> None:
         header.set_data_dtype(array.dtype)
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0
+        if description:
+            header["descrip"] = description.encode()[:79].decode(errors="ignore").encode()
         image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
         # Given no affine, nibabel keeps every geometric field of the header as it is.
         image = image_class(array_xyz.reshape(shape), None, header)
@@ -71,6 +75,8 @@ def write_image(volume: Volume, path: Path) -> None:
     itk_image.SetOrigin(header["origin"])
     itk_image.SetSpacing(header["spacing"])
     itk_image.SetDirection(header["direction"])
+    if description:
+        itk_image.SetMetaData("description", description)
     with written_whole(path) as temporary:
         try:
             sitk.WriteImage(itk_image, temporary, useCompression=True)
@@ -240,11 +246,11 @@ def read_png_folder(folder: Path) -> Volume:
     )
 
 
-def write_png_folder(volume: Volume, folder: Path) -> None:
+def write_png_folder(volume: Volume, folder: Path, description: str = "") -> None:
     """Writes one 8-bit grey PNG a slice under the stems in `volume.headers`; values are rounded and clipped to 0..255.
 
-    `folder` is replaced when all is written. Raises DataError: stems and slices differ in number, unit
-    not "uint8", values not finite.
+    `description` becomes the PNG's own text of that name; `folder` is replaced when all is written. Raises
+    DataError: stems and slices differ in number, unit not "uint8", values not finite.
     """
     folder = Path(folder)
     if len(volume.headers) != len(volume.array) or volume.unit != "uint8":
@@ -255,10 +261,13 @@ def write_png_folder(volume: Volume, folder: Path) -> None:
     if bad := int((~np.isfinite(volume.array)).sum()):
         raise DataError(f"{folder}: values must be finite, found {bad} that are not; nothing was written")
     pixels = np.rint(volume.array).clip(0, 255).astype(np.uint8)
+    text = PngInfo()
+    if description:
+        text.add_itxt("Description", description)
     with written_whole(folder) as temporary:
         temporary.mkdir()
         for stem, plane in zip(volume.headers, pixels, strict=True):
-            sitk.WriteImage(sitk.GetImageFromArray(plane), temporary / f"{stem}.png")
+            Image.fromarray(plane).save(temporary / f"{stem}.png", pnginfo=text)
 
 
 def _read_png(path: Path) -> np.ndarray:
