@@ -32,17 +32,25 @@ NormStatistics = Annotated[
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("demo")) -> None:
-    """Simulated patients → audit → train → predict → evaluate → gates → report, on a laptop CPU in minutes."""
+    """Everything below on simulated patients, on a laptop CPU in minutes."""
     dicom, manifest, run_dir = out / "dicom", out / "manifest.csv", out / "run"
     predictions, evaluation = out / "predictions", out / "evaluation"
     if not dicom.exists():
-        simulate(dicom, patients=10, slices=16, kev="70,90,110", seed=0)
-    audit(dicom, source="90keV,110keV", target="70keV", out=manifest, val="P007", test="P008,P009,P010")
+        simulate(dicom, patients=28, slices=8, kev="70,110,115", seed=0)
+    audit(dicom, source="110keV,115keV", target="70keV", out=manifest, val="P023,P024", test="P025,P026,P027,P028")
     train(shipped_config("tiny.yaml"), manifest=manifest, run_dir=run_dir)
     best = run_dir / "checkpoints" / "best" / "model.safetensors"
     predict(best, manifest, predictions)
-    evaluate(predictions, manifest=manifest, protocol="dect", out=evaluation)
+    summary = evaluate(predictions, manifest=manifest, protocol="dect", out=evaluation).summary
     explain(best, manifest=manifest, out=evaluation)
+    mae = summary[summary["source"] == "all"].set_index("method")
+    for label in ("bone", "contrast"):
+        reached, unchanged, curve = mae.loc[["synthetic", "source unchanged", "intensity curve"], f"mae_{label}_mean"]
+        say(
+            f"MAE in {label}: {reached:.1f} HU, {reached / unchanged:.0%} of the unchanged source's {unchanged:.1f} HU "
+            f"and {reached / curve:.0%} of the best intensity curve's {curve:.1f} HU"
+        )
+    say(f"look at {evaluation / 'report.html'}")
 
 
 @app.command()
@@ -54,7 +62,7 @@ def simulate(
     kev: Annotated[str, typer.Option(help="energies, comma-separated")] = "70,110",
     seed: int = 0,
 ) -> None:
-    """Write simulated dual-energy chest CT patients as DICOM."""
+    """Write simulated dual-energy CT patients as DICOM."""
     from seresvit.data import phantom
 
     try:
@@ -80,7 +88,10 @@ def audit(
     exclude: Annotated[str, typer.Option(help="patients to leave out, comma-separated")] = "",
     seed: Annotated[int, typer.Option(help="of the random split")] = 0,
 ) -> None:
-    """Find the pairs in a folder, check them, write the manifest; exits 1 on any fault that would corrupt training."""
+    """Find and check the pairs in a folder; write the manifest.
+
+    Exits with 1, and writes no manifest, on any fault that would corrupt training.
+    """
     from seresvit.data import pairing
 
     found = pairing.audit(
@@ -118,7 +129,7 @@ def train(
         bool, typer.Option("--dry-run", help="check everything, print the settings, train nothing")
     ] = False,
 ) -> None:
-    """Train both stages: config → run folder."""
+    """Train: config → run folder; the same again resumes."""
     settings = load_config(config, overrides or [])
     from seresvit.training import train as training
 
@@ -141,7 +152,10 @@ def predict(
     device: Device = "auto",
     norm_statistics: NormStatistics = "running",
 ) -> None:
-    """Synthesise: a checkpoint and a series, a volume or a manifest's cases → the same geometry, another contrast."""
+    """Synthesise a series, a volume or a manifest's cases.
+
+    The geometry stays that of the source; DICOM comes out as a derived series.
+    """
     from seresvit.synthesis.predict import Predictor, predict_manifest, predict_path
 
     predictor = Predictor(checkpoint, device, norm_statistics)
@@ -162,8 +176,11 @@ def evaluate(
     manifest: Manifest,
     out: Out,
     protocol: Annotated[str, typer.Option(help="how to score; see docs/metrics.md")] = "dect",
-) -> None:
-    """Score predictions against their targets: slices.csv, cases.csv, summary.csv, evaluation.xlsx, report.html."""
+) -> Any:
+    """Score predictions against their targets: tables, page.
+
+    Writes slices.csv, cases.csv, summary.csv, evaluation.xlsx and report.html.
+    """
     from seresvit.evaluation import evaluate as evaluation
     from seresvit.evaluation.report import write_report
 
@@ -171,6 +188,7 @@ def evaluate(
     report = write_report(out, predictions, manifest)
     show(evaluation.render_table(result))
     say(f"tables → {out}, page → {report}")
+    return result
 
 
 @app.command()
@@ -181,7 +199,10 @@ def explain(
     split: Annotated[str, typer.Option(help="train, val, test or all")] = "test",
     device: Device = "auto",
 ) -> None:
-    """What the gates did: the share of transformer and CNN in each block for each image, against its tissue content."""
+    """What the gates did in each image, against its tissue.
+
+    Writes gates.csv, gates.json and gates.png, and adds them to report.html where it is.
+    """
     from seresvit.evaluation import gates
     from seresvit.evaluation.report import write_report
     from seresvit.synthesis.predict import Predictor
@@ -198,7 +219,10 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="model.safetensors or latest_net_G.pth")],
     overrides: Overrides = None,
 ) -> None:
-    """Published .pth ↔ our checkpoint; state the intensity rule of a .pth with --set data.window_hu=[-1024,3071]."""
+    """Turn a published .pth into our checkpoint, or back.
+
+    A .pth says nothing of its intensity rule: state it, as in --set data.window_hu=[-1024,3071].
+    """
     settings = load_config(None, overrides or [])
     from seresvit.model import checkpoint
 
@@ -234,7 +258,7 @@ def show(table: Any) -> None:
     from rich.console import Console
 
     console = Console()
-    Console(width=None if console.is_terminal else 160).print(table)
+    Console(width=None if console.is_terminal else 200).print(table)
 
 
 def bar(verb: str) -> Callable[[list[Item]], Iterable[Item]]:

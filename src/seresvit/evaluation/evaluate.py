@@ -88,7 +88,7 @@ def evaluate(predictions: Path, manifest: Path, protocol: str, out: Path) -> Eva
             faults.append(str(error))
     _refuse(predictions, faults)
     cases_table = pd.DataFrame(case_rows)
-    evaluation = Evaluation(protocol, pd.DataFrame(slice_rows), cases_table, _summarise(cases_table))
+    evaluation = Evaluation(protocol, pd.DataFrame(slice_rows), cases_table, _summarise(cases_table, protocol))
     _write(evaluation, out)
     return evaluation
 
@@ -261,7 +261,7 @@ def _fit_curves(predictions: list[_Prediction], cases: list[Case], protocol: str
 # Tabulate: cases are the unit of statistics, since slices of one patient are alike.
 
 
-def _summarise(cases: pd.DataFrame) -> pd.DataFrame:
+def _summarise(cases: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """One row a split, source ("all" last) and method: counts, each metric's mean and sample deviation over cases."""
     metrics = [name for name in cases.columns if name not in (*IDENTITY, "slices")]
     rows = []
@@ -272,7 +272,7 @@ def _summarise(cases: pd.DataFrame) -> pd.DataFrame:
                 of_method = of_source[of_source["method"] == method]
                 if of_method.empty:
                     continue
-                row: dict[str, Any] = {"split": split, "source": source, "method": method}
+                row: dict[str, Any] = {"protocol": protocol, "split": split, "source": source, "method": method}
                 row |= {"patients": of_method["patient"].nunique(), "cases": len(of_method)}
                 row["slices"] = int(of_method["slices"].sum())
                 for name in metrics:

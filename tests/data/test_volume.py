@@ -1,0 +1,73 @@
+"""The grid of a volume, and files that are written whole or not at all."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seresvit.data.volume import DataError, Volume, same_grid, written_whole
+
+AFFINE = np.array([[0.8, 0, 0, -10], [0, 0.9, 0, -20], [0, 0, 2.5, 30], [0, 0, 0, 1.0]])
+VOLUME = Volume(np.zeros((3, 5, 7), np.float32), AFFINE, np.array([30, 32.5, 35]), "HU", Path("a"), "nifti")
+
+
+def moved(**change):
+    affine = AFFINE.copy()
+    for place, value in change.items():
+        affine[int(place[1]), int(place[2])] = value
+    return replace(VOLUME, affine=affine)
+
+
+def test_spacing_is_in_the_order_of_the_array():
+    assert VOLUME.spacing_mm_zyx == pytest.approx((2.5, 0.9, 0.8))
+
+
+@pytest.mark.parametrize(
+    "other, difference",
+    [
+        (VOLUME, ""),
+        (moved(a23=32.5), ""),
+        (moved(a03=-10.5), "in-plane origin"),
+        (moved(a00=0.7), "pixel spacing"),
+        (moved(a00=-0.8), "orientation"),
+        (replace(VOLUME, array=np.zeros((3, 7, 5))), "image size"),
+    ],
+)
+def test_what_differs_between_two_grids_is_said(other, difference):
+    assert difference in same_grid(VOLUME, other)
+    assert bool(same_grid(VOLUME, other)) == bool(difference)
+
+
+def test_frames_of_reference_count_where_both_are_known():
+    one, two = (replace(VOLUME, frame_of_reference=uid) for uid in ("1.2", "1.3"))
+    assert same_grid(one, two) == "frame of reference"
+    assert same_grid(one, VOLUME) == ""
+
+
+def test_a_file_or_folder_replaces_what_stood_there_only_at_the_end(tmp_path):
+    for path in (tmp_path / "f.txt", tmp_path / "folder"):
+        for text in ("first", "second"):
+            with written_whole(path) as temporary:
+                if path.suffix:
+                    temporary.write_text(text)
+                else:
+                    temporary.mkdir()
+                    (temporary / text).write_text(text)
+        assert [p.name for p in path.iterdir()] == ["second"] if path.is_dir() else path.read_text() == "second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.txt", "folder"]
+
+
+def test_an_error_leaves_the_older_file_and_no_trace(tmp_path):
+    (tmp_path / "f.txt").write_text("old")
+    with pytest.raises(KeyError), written_whole(tmp_path / "f.txt") as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f.txt", "old")]
+
+
+def test_an_unwritable_place_is_named_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written") as error, written_whole(tmp_path / "file" / "out.txt"):
+        pass
+    assert "out.txt" in str(error.value) and "\n" not in str(error.value)
