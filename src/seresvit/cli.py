@@ -44,7 +44,7 @@ def demo(out: Annotated[Path, typer.Option("--out", help="folder to write")] = P
     summary = evaluate(predictions, manifest=manifest, protocol="dect", out=evaluation).summary
     explain(best, manifest=manifest, out=evaluation)
     mae = summary[summary["source"] == "all"].set_index("method")
-    for label in ("bone", "contrast"):
+    for label in ("bone", "contrast", "embolus"):
         reached, unchanged, curve = mae.loc[["synthetic", "source unchanged", "intensity curve"], f"mae_{label}_mean"]
         say(
             f"MAE in {label}: {reached:.1f} HU, {reached / unchanged:.0%} of the unchanged source's {unchanged:.1f} HU "
