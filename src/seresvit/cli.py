@@ -161,10 +161,12 @@ def predict(
     predictor = Predictor(checkpoint, device, norm_statistics)
     if source.suffix != ".csv":
         say(f"synthetic {predictor.target_name or 'target'} → {predict_path(predictor, source, out)}")
+        warn_of_doubts([out])
         return
     failures = predict_manifest(predictor, source, out, split, bar("synthesising"))
     for failure in failures:
         say(f"failed: {failure.name}: {failure.reason}")
+    warn_of_doubts(sorted(out.iterdir()) if out.is_dir() else [])
     if failures:
         raise DataError(f"{source}: {len(failures)} cases failed, listed above; the others are in {out}")
     say(f"synthetic {predictor.target_name or 'target'} of every {split} case → {out}")
@@ -246,6 +248,16 @@ def fail(error: object, code: int) -> None:
     """Say what went wrong in one line and leave with that code."""
     print(f"seresvit: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def warn_of_doubts(folders: list[Path]) -> None:
+    """Say what `predict` noted in these prediction folders: inputs unlike those of the training."""
+    import json
+
+    for folder in folders:
+        record = folder / "prediction.json"
+        for doubt in json.loads(record.read_text(encoding="utf-8"))["doubts"] if record.is_file() else []:
+            say(f"warning: {folder}: {doubt}")
 
 
 def say(text: str) -> None:

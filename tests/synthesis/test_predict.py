@@ -123,6 +123,20 @@ def test_a_failed_case_does_not_stop_the_others(predictor, patients, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["P002_125keV", "P003_110keV", "P003_125keV"]
 
 
+def test_a_source_unlike_the_training_is_doubted_and_the_record_says_so(predictor, patients, tmp_path):
+    trained_on, other = (read_volume(patients / f"dicom/{kev}keV/P001") for kev in (110, 125))
+    assert predictor.doubts(trained_on) == []
+    assert "125 keV image; the network was trained on 110 keV" in predictor.doubts(other)[0]
+    predict_path(predictor, patients / "dicom/125keV/P001", tmp_path / "out")
+    assert "125 keV" in json.loads((tmp_path / "out/prediction.json").read_text())["doubts"][0]
+    coarse = replace(trained_on, affine=trained_on.affine @ np.diag([2, 2, 1, 1.0]))
+    predictor.header["spacing_mm_yx"] = list(trained_on.spacing_mm_zyx[1:])
+    try:
+        assert predictor.doubts(trained_on) == [] and "pixels of" in predictor.doubts(coarse)[0]
+    finally:
+        del predictor.header["spacing_mm_yx"]
+
+
 def test_refusals(predictor, patients, tmp_path):
     with pytest.raises(ConfigError, match="no case in the split 'train'"):
         predict_manifest(predictor, patients / "manifest.csv", tmp_path / "out", "train")

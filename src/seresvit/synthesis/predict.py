@@ -77,8 +77,27 @@ class Predictor:
     @property
     def target_energy_kev(self) -> float | None:
         """The energy that the target's name states, None when it states none."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?keV", self.target_name, re.IGNORECASE)
-        return float(found[1]) if found else None
+        return energy_in_name(self.target_name)
+
+    def doubts(self, *sources: Volume) -> list[str]:
+        """One line for each thing in which the sources differ from what the network was trained on; usually none.
+
+        Looks at the energy, where the source and the names of the training sources state one, and at the pixel
+        spacing, where the checkpoint records it (more than a quarter off).
+        """
+        found = []
+        trained_kev = [kev for kev in map(energy_in_name, self.header.get("sources", [])) if kev is not None]
+        trained_mm = self.header.get("spacing_mm_yx")
+        for volume in sources:
+            if volume.energy_kev and trained_kev and volume.energy_kev not in trained_kev:
+                trained = " and ".join(f"{kev:g}" for kev in trained_kev)
+                found.append(
+                    f"{volume.path}: a {volume.energy_kev:g} keV image; the network was trained on {trained} keV"
+                )
+            if trained_mm and not np.allclose(volume.spacing_mm_zyx[1:], trained_mm, rtol=0.25):
+                spacing, trained = (f"{y:.2f}×{x:.2f} mm" for y, x in (volume.spacing_mm_zyx[1:], trained_mm))
+                found.append(f"{volume.path}: pixels of {spacing}; the network was trained on {trained}")
+        return found
 
     def batches(self, *sources: Volume) -> Iterator[torch.Tensor]:
         """The slices as the network takes them: (B, C, H, W) float32 in [-1, 1] on its device, in order."""
@@ -107,6 +126,12 @@ class Predictor:
         return (
             Intensity.from_dict(recorded) if recorded else intensity_of(source, self.data.intensity.target, self.data)
         )
+
+
+def energy_in_name(name: str) -> float | None:
+    """The energy in keV of a modality called like "110keV", None for another name."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?keV", name, re.IGNORECASE)
+    return float(found[1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -175,6 +200,7 @@ def _predict_into(
             "run": predictor.header.get("run", ""),
             "intensity": predictor._target_intensity(sources[0]).as_dict(),
             "num_slices": len(synthetic.array),
+            "doubts": [doubt.split(": ", 1)[1] for doubt in predictor.doubts(*sources)],
             "elapsed_s": round(elapsed_s, 3),
             "device": str(predictor.device),
             "seresvit_version": __version__,

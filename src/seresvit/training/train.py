@@ -349,6 +349,7 @@ def _header(config: Config, store: Prepared, target_intensity: Intensity, folder
         "target_intensity": target_intensity.as_dict(),
         "sources": sorted({source for case in store.cases for source in case.sources}),
         "target": store.cases[0].target,
+        "spacing_mm_yx": np.median([c.spacing_mm_zyx[1:] for c in store.cases if c.split == "train"], axis=0).tolist(),
         "run": folder.absolute().name,
         "data_hash": store.data_hash,
     }
