@@ -27,6 +27,11 @@ def test_order_defaults_file_overrides(tmp_path):
         ("train.batch_size", "expected a.b=value"),
         ("train.batch_size.x.y=1", "train.batch_size"),
         ("model.patch_size=3", "model.patch_size"),
+        ("data.channels=[T1,T2", "bracket or quote"),
+        ("data=5", "data: .* found 5"),
+        ("data.channels=5", "data.channels"),
+        ("model.in_channels=3", "model.in_channels is 3, data.channels names 0"),
+        ("model.out_channels=2", "one target"),
     ],
 )
 def test_a_wrong_setting_is_one_helpful_line(override, said):
@@ -43,6 +48,12 @@ def test_a_file_that_is_no_settings_is_named(tmp_path, text):
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_bytes("# 설정\ntrain: {seed: 1}\n".encode("cp949"))
+    with pytest.raises(ConfigError, match=r"c\.yaml: not UTF-8"):
+        load_config(tmp_path / "c.yaml")
 
 
 def test_yaml_round_trip_and_frozen():

@@ -7,9 +7,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from seresvit.config import ConfigError, load_config, shipped_config
-from seresvit.data.volume import DataError
-
 app = typer.Typer(
     help="Synthesise a medical image that was not acquired: SE-ResViT.",
     no_args_is_help=True,
@@ -33,6 +30,8 @@ NormStatistics = Annotated[
 @app.command()
 def demo(out: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("demo")) -> None:
     """Everything below on simulated patients, on a laptop CPU in minutes."""
+    from seresvit.config import shipped_config
+
     dicom, manifest, run_dir = out / "dicom", out / "manifest.csv", out / "run"
     predictions, evaluation = out / "predictions", out / "evaluation"
     if not dicom.exists():
@@ -63,6 +62,7 @@ def simulate(
     seed: int = 0,
 ) -> None:
     """Write simulated dual-energy CT patients as DICOM."""
+    from seresvit.config import ConfigError
     from seresvit.data import phantom
 
     try:
@@ -93,6 +93,7 @@ def audit(
     Exits with 1, and writes no manifest, on any fault that would corrupt training.
     """
     from seresvit.data import pairing
+    from seresvit.data.volume import DataError
 
     found = pairing.audit(
         root,
@@ -130,6 +131,8 @@ def train(
     ] = False,
 ) -> None:
     """Train: config → run folder; the same again resumes."""
+    from seresvit.config import load_config
+
     settings = load_config(config, overrides or [])
     from seresvit.training import train as training
 
@@ -156,6 +159,7 @@ def predict(
 
     The geometry stays that of the source; DICOM comes out as a derived series.
     """
+    from seresvit.data.volume import DataError
     from seresvit.synthesis.predict import Predictor, predict_manifest, predict_path
 
     predictor = Predictor(checkpoint, device, norm_statistics)
@@ -225,6 +229,8 @@ def convert(
 
     A .pth says nothing of its intensity rule: state it, as in --set data.window_hu=[-1024,3071].
     """
+    from seresvit.config import load_config
+
     settings = load_config(None, overrides or [])
     from seresvit.model import checkpoint
 
@@ -236,12 +242,19 @@ def main() -> None:
     """Run a command; an error that the user can mend is one line on stderr: exit 2 for bad usage, 1 for failed work."""
     try:
         app()
-    except ConfigError as error:
-        fail(error, 2)
-    except DataError as error:
-        fail(error, 1)
-    except OSError as error:
-        fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+    except Exception as error:
+        from seresvit.config import ConfigError
+        from seresvit.data.volume import DataError
+
+        if isinstance(error, ConfigError):
+            fail(error, 2)
+        if isinstance(error, DataError):
+            fail(error, 1)
+        if isinstance(error, OSError):
+            fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded
+            fail("the device's memory is full; lower train.batch_size or train.size, or use --device cpu", 1)
+        raise
 
 
 def fail(error: object, code: int) -> None:
@@ -256,7 +269,7 @@ def warn_of_doubts(folders: list[Path]) -> None:
 
     for folder in folders:
         record = folder / "prediction.json"
-        for doubt in json.loads(record.read_text(encoding="utf-8"))["doubts"] if record.is_file() else []:
+        for doubt in json.loads(record.read_text(encoding="utf-8")).get("doubts", []) if record.is_file() else []:
             say(f"warning: {folder}: {doubt}")
 
 

@@ -126,7 +126,8 @@ class TrainSettings(Settings):
     validation_slices: Positive = 64
     # Begin as a network that returns its source; see `start_as_identity` in model/generator.py.
     identity_start: bool = False
-    # Starting points, taken by stage 2 when given: a checkpoint (or published .pth), and ImageNet ViT weights (.npz).
+    # Starting points: a checkpoint (or published .pth) for the first stage that is trained, ImageNet ViT weights (.npz)
+    # for stage 2. A checkpoint with transformers needs stage1.num_images = 0.
     init_from: str = ""
     vit_weights: str = ""
     stage1: StageSettings = StageSettings()
@@ -148,14 +149,23 @@ class Config(Settings):
     @model_validator(mode="before")
     @classmethod
     def _derive(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        """`model.in_channels` follows `data.channels`: to state both would be to state one of them wrong."""
-        channels = (tree.get("data") or {}).get("channels") or ()
-        if channels:
-            model = dict(tree.get("model") or {})
-            if model.setdefault("in_channels", len(channels)) != len(channels):
-                raise ValueError(f"model.in_channels is {model['in_channels']}, data.channels names {len(channels)}")
-            tree = {**tree, "model": model}
+        """`model.in_channels` follows `data.channels` where it is not stated."""
+        data, model = tree.get("data") or {}, tree.get("model") or {}
+        if isinstance(data, dict) and isinstance(model, dict) and isinstance(data.get("channels"), list | tuple):
+            tree = {**tree, "model": {"in_channels": max(len(data["channels"]), 1), **model}}
         return tree
+
+    @model_validator(mode="after")
+    def _network_fits_the_data(self) -> "Config":
+        if self.model.in_channels != max(len(self.data.channels), 1):
+            raise ValueError(
+                f"model.in_channels is {self.model.in_channels}, data.channels names {len(self.data.channels)}"
+            )
+        if self.model.out_channels != 1:
+            raise ValueError(f"model.out_channels is {self.model.out_channels}, a manifest has one target")
+        if self.train.identity_start and self.model.base_channels < 8:
+            raise ValueError("train.identity_start needs model.base_channels of at least 8")
+        return self
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -176,6 +186,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: not UTF-8 text; save the YAML file as UTF-8") from None
         try:
             tree = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
@@ -192,7 +204,12 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
             if not isinstance(branch.setdefault(parent, {}), dict):
                 raise ConfigError(f"--set {override}: {parent} is a value, not a group of settings")
             branch = branch[parent]
-        branch[leaf] = yaml.safe_load(value)
+        try:
+            branch[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"--set {override}: the value is not valid YAML; is a bracket or quote missing?"
+            ) from None
     return from_tree(tree, str(path or "--set"))
 
 

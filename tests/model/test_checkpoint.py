@@ -127,6 +127,16 @@ def test_import_names_the_key_at_fault(published, change, named):
     assert "\n" not in str(error.value) and published.name in str(error.value)
 
 
+def test_export_refuses_what_the_published_layout_cannot_say(tmp_path):
+    for change, said in (
+        ({"vit": VIT.model_copy(update={"heads": 2})}, "heads as 64 wide"),
+        ({"token_grid": (2, 8)}, "square token grids"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            checkpoint.export_published(Generator(TINY.model_copy(update=change)), tmp_path / "G.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_import_accepts_data_parallel_and_a_single_alias(published):
     wrapped = {
         f"module.{k}": v

@@ -137,12 +137,46 @@ def test_a_source_unlike_the_training_is_doubted_and_the_record_says_so(predicto
         del predictor.header["spacing_mm_yx"]
 
 
+def test_the_source_and_other_peoples_files_are_never_replaced(predictor, patients, tmp_path):
+    import shutil
+
+    shutil.copytree(patients / "dicom" / "110keV", tmp_path / "data")
+    (tmp_path / "data" / "notes.txt").write_text("mine")
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    for out in ("data/P001", "data", ".", "data/P001/out"):
+        with pytest.raises(ConfigError, match=r"give another folder|give a new folder"):
+            predict_path(predictor, tmp_path / "data" / "P001", tmp_path / out)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "table.csv").write_text("mine")
+    with pytest.raises(ConfigError, match="no earlier prediction"):
+        predict_path(predictor, tmp_path / "data" / "P001", tmp_path / "results")
+    assert (tmp_path / "results" / "table.csv").read_text() == "mine"
+    assert before == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if "results" not in p.parts)
+    for _ in range(2):
+        predict_path(predictor, tmp_path / "data" / "P001", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.dcm"))) == 5
+
+
+def test_an_imported_mr_to_ct_network_restores_hu_by_the_stated_window(patients, tmp_path):
+    path = saved(tmp_path / "model.safetensors")
+    header = checkpoint.read(path)[1]
+    network = checkpoint.load(path)
+    del header["target_intensity"]
+    header["data"] = {"window_hu": [-1000, 1000], "intensity": {"source": "percentile", "target": "window"}}
+    checkpoint.save(network, path, header)
+    mr = replace(read_volume(patients / "dicom/110keV/P001"), unit="arbitrary")
+    synthetic = Predictor(path, "cpu")(replace(mr, array=mr.array + 1024))
+    assert synthetic.unit == "HU" and synthetic.array.min() >= -1000 and synthetic.array.max() <= 1000
+
+
 def test_refusals(predictor, patients, tmp_path):
     with pytest.raises(ConfigError, match="no case in the split 'train'"):
         predict_manifest(predictor, patients / "manifest.csv", tmp_path / "out", "train")
     mr = replace(read_volume(patients / "dicom/110keV/P001"), unit="arbitrary")
     with pytest.raises(DataError, match="intensity"):
         predictor(mr)
+    with pytest.raises(ConfigError, match="auto, cpu or cuda"):
+        Predictor(predictor.path, "gpu")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="--device cpu"):
             Predictor(predictor.path, "cuda")

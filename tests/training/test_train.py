@@ -174,17 +174,28 @@ def test_training_lowers_the_error(manifest, tmp_path):
     assert maes[-1] < maes[0] / 2
 
 
-def test_stage_two_starts_from_a_published_file_and_vit_weights(manifest, tmp_path, monkeypatch):
-    config = load_config(None, [*MICRO, "train.stage1.num_images=0", f"train.init_from={tmp_path / 'G.pth'}"])
+def test_stage_two_starts_from_a_published_file(manifest, tmp_path, monkeypatch):
+    vit = "model.vit={depth: 1, width: 64, heads: 1, mlp_width: 16}"
+    config = load_config(None, [*MICRO, vit, "train.stage1.num_images=0", f"train.init_from={tmp_path / 'G.pth'}"])
     torch.manual_seed(5)
     start = training.stage_network(config, 2)
     checkpoint.export_published(start, tmp_path / "G.pth")
-    monkeypatch.setattr(checkpoint, "import_published", lambda path: start)  # its head width of 64 is not ours
     seen = {}
     monkeypatch.setattr(training, "fit", lambda run, stage, progress: seen.update(stage.generator.module.state_dict()))
     with pytest.raises(ConfigError):
         training.train(config, manifest, tmp_path / "run")
     assert all(torch.equal(seen[key], value) for key, value in start.state_dict().items())
+
+
+def test_a_starting_point_that_does_not_fit_is_refused_before_training(finished, manifest, tmp_path):
+    best = finished[1] / "checkpoints" / "best" / "model.safetensors"
+    config = load_config(None, [*MICRO, f"train.init_from={best}"])
+    with pytest.raises(DataError, match=r"set train.stage1.num_images=0"):
+        training.train(config, manifest, tmp_path / "run")
+    config = load_config(None, [*MICRO, f"train.vit_weights={tmp_path / 'none.npz'}"])
+    with pytest.raises(DataError, match=r"none\.npz"):
+        training.describe(config, manifest)
+    assert not (tmp_path / "run").exists()
 
 
 def test_lsgan_and_l1_by_hand():

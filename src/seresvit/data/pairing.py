@@ -410,12 +410,10 @@ def load_pair(*cases: Case) -> Pair:
         if different := same_grid(volume, target):
             raise DataError(f"{volume.path}: {different} of {target.path}; run seresvit audit")
     shared = _shared_slices(volumes)
-    if not len(shared[-1]):
-        raise DataError(f"{volumes[0].path}: no slice lies where {target.path} has one; run seresvit audit")
+    *sources, kept_target = on_shared_slices(volumes)
     labels, label_names = _labels(read_volume(case.mask_path), target, shared[-1]) if case.mask_path else (None, {})
     dropped = [f"{_short(volume.path)}: {name}" for volume, name in _unmatched(volumes)]
-    *sources, target = on_shared_slices(volumes)
-    return Pair(case, tuple(sources), target, labels, label_names, dropped)
+    return Pair(case, tuple(sources), kept_target, labels, label_names, dropped)
 
 
 def matched_slices(a: Volume, b: Volume) -> tuple[np.ndarray, np.ndarray]:
@@ -431,7 +429,9 @@ def matched_slices(a: Volume, b: Volume) -> tuple[np.ndarray, np.ndarray]:
 
 
 def on_shared_slices(volumes: list[Volume]) -> list[Volume]:
-    """The volumes cut to the slice positions that all of them have, in the order of the last one."""
+    """The volumes cut to the slice positions that all of them have, in the order of the last one, or DataError."""
+    if not len(_shared_slices(volumes)[0]):
+        raise DataError(f"{volumes[0].path}: no slice lies where {volumes[-1].path} has one; run seresvit audit")
     return [_at_slices(volume, index) for volume, index in zip(volumes, _shared_slices(volumes), strict=True)]
 
 

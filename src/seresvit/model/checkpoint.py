@@ -188,6 +188,15 @@ def import_published(path: str | Path) -> Generator:
 
 def export_published(network: Generator, path: str | Path) -> None:
     """Write the generator as the published code stores it: its keys, the shared encoder under every block's prefix."""
+    inferred = _settings_of(network.state_dict(), str(path))
+    if inferred.vit.heads != network.settings.vit.heads and network.settings.transformer_blocks:
+        raise CheckpointError(
+            f"{path}: the published layout takes heads as 64 wide, this network's are narrower or wider"
+        )
+    if inferred.token_grid != network.settings.token_grid and network.settings.transformer_blocks:
+        raise CheckpointError(
+            f"{path}: the published layout has square token grids, found {network.settings.token_grid}"
+        )
     state: State = {}
     for key, tensor in network.state_dict().items():
         name = _renamed(key, to_published=True)

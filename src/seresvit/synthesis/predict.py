@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from seresvit import __version__
@@ -41,13 +42,19 @@ class Predictor:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device not in ("cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
+            raise ConfigError(f"--device {device}: expected auto, cpu or cuda")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"--device {device}: no CUDA device is visible; use --device cpu")
         self.path = Path(path)
         self.net = checkpoint.load(path, device)
         self.header = self.net.header
         self.device = torch.device(device)
-        self.data = DataSettings.model_validate(self.header["data"])
+        try:
+            self.data = DataSettings.model_validate(self.header["data"])
+        except (KeyError, ValidationError) as error:
+            fault = " ".join(str(error).split())[:150]
+            raise checkpoint.CheckpointError(f"{path}: its header lacks usable data settings ({fault})") from None
         self.batch_size = BATCH_SIZE
         if norm_statistics == "image":
             self.batch_size = 1
@@ -122,10 +129,13 @@ class Predictor:
 
     def _target_intensity(self, source: Volume) -> Intensity:
         """The rule recorded in training; an imported network has none and gets the rule of its settings."""
-        recorded = self.header.get("target_intensity")
-        return (
-            Intensity.from_dict(recorded) if recorded else intensity_of(source, self.data.intensity.target, self.data)
-        )
+        if recorded := self.header.get("target_intensity"):
+            return Intensity.from_dict(recorded)
+        if self.data.intensity.target == "window":
+            return Intensity("window", *self.data.window_hu, "HU")
+        if self.data.intensity.target == "uint8":
+            return Intensity("uint8", 0.0, 255.0, "uint8")
+        return intensity_of(source, "percentile", self.data)
 
 
 def energy_in_name(name: str) -> float | None:
@@ -158,9 +168,8 @@ def predict_manifest(
 
     Raises ConfigError when the split has no case.
     """
-    groups = [
-        g for g in load_channels(read_manifest(manifest), predictor.data.channels) if split in ("all", g[0].split)
-    ]
+    cases = [case for case in read_manifest(manifest) if split in ("all", case.split)]
+    groups = load_channels(cases, predictor.data.channels) if cases else []
     if not groups:
         raise ConfigError(f"{manifest}: no case in the split '{split}'; choose --split train, val, test or all")
     failures = []
@@ -178,6 +187,7 @@ def predict_manifest(
 def _predict_into(
     predictor: Predictor, sources: tuple[Volume, ...], out: Path, *, name: str, patient: str, source: str
 ) -> Path:
+    _refuse_to_overwrite(out, sources)
     started_s = time.monotonic()
     synthetic = predictor(*sources)
     elapsed_s = time.monotonic() - started_s
@@ -207,6 +217,16 @@ def _predict_into(
         }
         (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return out
+
+
+def _refuse_to_overwrite(out: Path, sources: tuple[Volume, ...]) -> None:
+    """Raises ConfigError unless `out` is new, empty or an earlier prediction, and apart from every source."""
+    for volume in sources:
+        taken, source = out.resolve(), volume.path.resolve()
+        if taken == source or taken in source.parents or source in taken.parents:
+            raise ConfigError(f"{out}: holds, or lies in, the source {volume.path}; give another folder to write")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file()):
+        raise ConfigError(f"{out}: exists and is no earlier prediction; give a new folder, nothing was replaced")
 
 
 def _sha256(path: Path) -> str:

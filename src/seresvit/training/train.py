@@ -78,6 +78,7 @@ def train(config: Config, manifest: Path, run_dir: Path, progress: Progress = la
     for split in ("train", "val"):
         if not slices_of(store, split):
             raise DataError(f"{manifest}: no case in the {split} split; audit again with more patients or --{split}")
+    check_starting_points(config)
     target_intensity = reference_intensity(store.target_intensities("train"))
     folder = open_run(run_dir, config, store, fabric)
     with SummaryWriter(str(folder)) as board:
@@ -96,6 +97,7 @@ def train(config: Config, manifest: Path, run_dir: Path, progress: Progress = la
 def describe(config: Config, manifest: Path) -> str:
     """What `train` would do: the resolved settings, the networks' sizes, the slices. Raises as `train` would."""
     store = prepare(manifest, config.data)
+    check_starting_points(config)
     lines = [to_yaml(config)]
     for number in (1, 2):
         with torch.device("meta"):
@@ -105,6 +107,15 @@ def describe(config: Config, manifest: Path) -> str:
         )
     counts = (f"{len(slices_of(store, s, config.data.min_foreground))} {s}" for s in ("train", "val"))
     return "\n".join([*lines, f"slices: {', '.join(counts)}; precision {precision_of(config)}"])
+
+
+def check_starting_points(config: Config) -> None:
+    """Raises CheckpointError when `train.init_from` or `train.vit_weights` will not fit the stage that takes them."""
+    if config.train.init_from:
+        first = 1 if config.train.stage1.num_images else 2
+        take_weights(stage_network(config, first), Path(config.train.init_from))
+    if config.train.vit_weights and config.train.stage2.num_images:
+        checkpoint.load_vit_npz(stage_network(config, 2), config.train.vit_weights)
 
 
 def precision_of(config: Config) -> Any:
@@ -196,6 +207,13 @@ def take_weights(generator: Generator, path: Path) -> None:
     Raises CheckpointError naming a weight that has no place, or another shape, in the network.
     """
     source = checkpoint.import_published(path) if path.suffix in (".pth", ".pt") else checkpoint.load(path)
+    blocks, wanted = source.settings.transformer_blocks, generator.settings.transformer_blocks
+    if set(blocks) - set(wanted):
+        raise checkpoint.CheckpointError(
+            f"{path}: has transformers in blocks {blocks}, this stage in {wanted}; set train.stage1.num_images=0"
+        )
+    if blocks and source.settings.vit.heads != generator.settings.vit.heads:
+        raise checkpoint.CheckpointError(f"{path}: set model.vit.heads={source.settings.vit.heads}, as it was trained")
     checkpoint.fill(generator, {**generator.state_dict(), **source.state_dict()}, str(path))
 
 
@@ -247,10 +265,7 @@ def step(run: Run, stage: Stage, source: torch.Tensor, target: torch.Tensor) -> 
     weights = {"l1": stage.settings.l1_weight, "adversarial": stage.settings.adversarial_weight}
     total = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros((), device=source.device))
     if not torch.isfinite(total):
-        raise DataError(
-            f"{run.folder}: the loss is not finite after {stage.images} images of stage {stage.number}; "
-            f"lower train.stage{stage.number}.learning_rate and train again from the last checkpoint"
-        )
+        raise _diverged(run, stage)
     stage.optimizer.zero_grad(set_to_none=True)
     run.fabric.backward(total)
     stage.optimizer.step()
@@ -289,6 +304,8 @@ def validate(run: Run, stage: Stage) -> None:
         if number % max(count // 4, 1) == 0:
             rows.append(_panel(source[0], synthetic[0], target[0]))
     stage.generator.train()
+    if not np.isfinite(errors).all():
+        raise _diverged(run, stage)
     half_range = (run.target_intensity.high - run.target_intensity.low) / 2
     mae = float(np.mean(errors)) * half_range
     log(run, stage, {"val_mae": mae})
@@ -327,6 +344,14 @@ def log(run: Run, stage: Stage, values: dict[str, float]) -> None:
         file.write(json.dumps(line) + "\n")
     for name, value in values.items():
         run.board.add_scalar(name, value, _global_images(run, stage))
+
+
+def _diverged(run: Run, stage: Stage) -> DataError:
+    best = run.folder / "checkpoints" / "best" / MODEL
+    return DataError(
+        f"{run.folder}: the loss or the output is not finite after {stage.images} images of stage {stage.number}; "
+        f"lower train.stage{stage.number}.learning_rate in a new --run-dir, perhaps with --set train.init_from={best}"
+    )
 
 
 def _global_images(run: Run, stage: Stage) -> int:
