@@ -121,6 +121,14 @@ def test_dect_by_hand(dect):
     assert (summary["patients"], summary["cases"], summary["slices"]) == (2, 2, 4)
 
 
+def test_predictions_of_two_checkpoints_are_not_scored_as_one(dect):
+    for patient, checkpoint in (("P1", "aa"), ("P2", "bb")):
+        write_prediction(dect / "predictions" / f"{patient}_110keV", patient, "110keV", checkpoint_sha256=checkpoint)
+    with pytest.raises(DataError, match="2 different checkpoints: predict all of them again"):
+        run(dect)
+    assert not (dect / "out").exists()
+
+
 def test_labels_are_weighed_by_their_voxels(dect):
     result = run(dect)
     of_p1 = row(result.cases, patient="P1", method="synthetic")

@@ -198,6 +198,17 @@ def test_a_starting_point_that_does_not_fit_is_refused_before_training(finished,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_stopped_before_its_first_checkpoint_can_be_corrected(finished, manifest, tmp_path):
+    config, _ = finished
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("train: {seed: 9}\n")
+    short = load_config(None, [*MICRO, "train.stage2.num_images=0"])
+    assert training.train(short, manifest, tmp_path / "run").is_file()
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == short.model_dump(mode="json")
+    with pytest.raises(ConfigError, match="another --run-dir"):
+        training.train(config, manifest, tmp_path / "run")
+
+
 def test_lsgan_and_l1_by_hand():
     scores = torch.tensor([[0.5, 2.0]])
     assert lsgan(scores, True).item() == pytest.approx((0.25 + 1.0) / 2)

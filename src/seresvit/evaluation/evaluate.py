@@ -127,6 +127,9 @@ def _match(predictions: Path, cases: list[Case]) -> tuple[list[_Prediction], lis
             found[patient, source] = _Prediction(folder, record, group)
     if not found and not faults:
         raise DataError(f"{predictions}: no folder with a prediction; give the folder that seresvit predict wrote")
+    checkpoints = {prediction.record.get("checkpoint_sha256") for prediction in found.values()}
+    if len(checkpoints) > 1:
+        faults.append(f"the predictions are of {len(checkpoints)} different checkpoints: predict all of them again")
     predicted = {(case.patient, case.source) for prediction in found.values() for case in prediction.cases}
     sources = {source for _, source in predicted}
     faults += [

@@ -131,7 +131,7 @@ def precision_of(config: Config) -> Any:
 def open_run(run_dir: Path, config: Config, store: Prepared, fabric: Fabric) -> Path:
     """The run folder, new or of these very settings. Raises ConfigError naming a setting that differs."""
     written = run_dir / "config.yaml"
-    if written.is_file():
+    if written.is_file() and (run_dir / "checkpoints").is_dir():  # else it stopped before there was anything to keep
         differing = _differences(yaml.safe_load(written.read_text(encoding="utf-8")), yaml.safe_load(to_yaml(config)))
         if differing:
             raise ConfigError(f"{run_dir}: holds a run with other {', '.join(differing)}; choose another --run-dir")
@@ -192,6 +192,8 @@ def start_stage(run: Run, number: int, settings: StageSettings, saved: dict[str,
         stage.optimizer.load_state_dict(saved["optimizer"])
         stage.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
         torch.set_rng_state(saved["rng"])
+        if torch.cuda.device_count() == len(saved["rng_cuda"]):
+            torch.cuda.set_rng_state_all(saved["rng_cuda"])
     return stage
 
 
@@ -328,6 +330,7 @@ def save(run: Run, stage: Stage) -> None:
         "optimizer": stage.optimizer.state_dict(),
         "discriminator_optimizer": stage.discriminator_optimizer.state_dict(),
         "rng": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state_all(),
     }
     header = {**run.header, "stage": stage.number, "images": stage.images}
     with written_whole(run.folder / "checkpoints" / "last") as temporary:
