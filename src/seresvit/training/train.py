@@ -192,8 +192,8 @@ def start_stage(run: Run, number: int, settings: StageSettings, saved: dict[str,
         stage.optimizer.load_state_dict(saved["optimizer"])
         stage.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
         torch.set_rng_state(saved["rng"])
-        if torch.cuda.device_count() == len(saved["rng_cuda"]):
-            torch.cuda.set_rng_state_all(saved["rng_cuda"])
+        if torch.cuda.device_count() == len(saved.get("rng_cuda", [])):
+            torch.cuda.set_rng_state_all(saved.get("rng_cuda", []))
     return stage
 
 
