@@ -430,9 +430,10 @@ def matched_slices(a: Volume, b: Volume) -> tuple[np.ndarray, np.ndarray]:
 
 def on_shared_slices(volumes: list[Volume]) -> list[Volume]:
     """The volumes cut to the slice positions that all of them have, in the order of the last one, or DataError."""
-    if not len(_shared_slices(volumes)[0]):
+    shared = _shared_slices(volumes)
+    if not len(shared[0]):
         raise DataError(f"{volumes[0].path}: no slice lies where {volumes[-1].path} has one; run seresvit audit")
-    return [_at_slices(volume, index) for volume, index in zip(volumes, _shared_slices(volumes), strict=True)]
+    return [_at_slices(volume, index) for volume, index in zip(volumes, shared, strict=True)]
 
 
 def _shared_slices(volumes: list[Volume]) -> list[np.ndarray]:

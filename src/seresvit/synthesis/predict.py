@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -85,6 +86,12 @@ class Predictor:
     def target_energy_kev(self) -> float | None:
         """The energy that the target's name states, None when it states none."""
         return energy_in_name(self.target_name)
+
+    @cached_property
+    def checkpoint_sha256(self) -> str:
+        """The hash of the checkpoint file, read once however many cases are predicted."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def doubts(self, *sources: Volume) -> list[str]:
         """One line for each thing in which the sources differ from what the network was trained on; usually none.
@@ -206,7 +213,7 @@ def _predict_into(
             "target": target,
             "path": str(written.relative_to(temporary)),
             "checkpoint": str(predictor.path.absolute()),
-            "checkpoint_sha256": _sha256(predictor.path),
+            "checkpoint_sha256": predictor.checkpoint_sha256,
             "run": predictor.header.get("run", ""),
             "intensity": predictor._target_intensity(sources[0]).as_dict(),
             "num_slices": len(synthetic.array),
@@ -227,8 +234,3 @@ def _refuse_to_overwrite(out: Path, sources: tuple[Volume, ...]) -> None:
             raise ConfigError(f"{out}: holds, or lies in, the source {volume.path}; give another folder to write")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file()):
         raise ConfigError(f"{out}: exists and is no earlier prediction; give a new folder, nothing was replaced")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

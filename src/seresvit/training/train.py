@@ -192,8 +192,9 @@ def start_stage(run: Run, number: int, settings: StageSettings, saved: dict[str,
         stage.optimizer.load_state_dict(saved["optimizer"])
         stage.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
         torch.set_rng_state(saved["rng"])
-        if torch.cuda.device_count() == len(saved.get("rng_cuda", [])):
-            torch.cuda.set_rng_state_all(saved.get("rng_cuda", []))
+        rng_cuda = saved.get("rng_cuda", [])
+        if torch.cuda.device_count() == len(rng_cuda):
+            torch.cuda.set_rng_state_all(rng_cuda)
     return stage
 
 
