@@ -27,12 +27,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # A file imports only from files above its own.
 ROOMS = [
-    *("seresvit", "config", "data.volume", "data.dicom", "data.nifti", "data", "data.intensity", "data.pairing"),
-    *("data.dataset", "data.phantom", "model", "model.fusion", "model.transformer", "model.generator"),
-    *("model.discriminator", "model.checkpoint", "training", "training.losses", "training.train", "synthesis"),
-    *("synthesis.predict", "synthesis.export", "evaluation", "evaluation.metrics", "evaluation.statistics"),
-    *("evaluation.evaluate", "evaluation.gates", "evaluation.compare", "evaluation.report", "serving", "cli"),
-    "__main__",
+    *("seresvit", "config", "data.volume", "data.dicom", "data.derived", "data.nifti", "data", "data.intensity"),
+    *("data.pairing", "data.audit", "data.dataset", "data.phantom"),
+    *("model", "model.fusion", "model.transformer", "model.generator", "model.discriminator", "model.checkpoint"),
+    *("training", "training.losses", "training.train", "synthesis", "synthesis.predict", "synthesis.export"),
+    *("evaluation", "evaluation.metrics", "evaluation.statistics", "evaluation.evaluate", "evaluation.gates"),
+    *("evaluation.compare", "evaluation.report", "serving", "cli", "__main__"),
 ]
 
 # Spellings that scripts may rely on, and values that the command must see.

@@ -92,10 +92,10 @@ def audit(
 
     Exits with 1, and writes no manifest, on any fault that would corrupt training.
     """
-    from seresvit.data import pairing
+    from seresvit.data import audit as auditing
     from seresvit.data.volume import DataError
 
-    found = pairing.audit(
+    found = auditing.audit(
         root,
         _names(source),
         target,
@@ -111,7 +111,7 @@ def audit(
         say(f"warning: {finding}")
     for finding in found.faults:
         say(f"fault: {finding}")
-    if not pairing.write(found, out):
+    if not auditing.write(found, out):
         raise DataError(
             f"{root}: {len(found.faults)} faults, listed above and in {out.parent / 'audit.json'}; no manifest"
         )

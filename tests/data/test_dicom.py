@@ -17,7 +17,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, 
 
 from seresvit import __version__
 from seresvit.data import read_volume, write_volume
-from seresvit.data.dicom import read_series, write_derived
+from seresvit.data.derived import write_derived
+from seresvit.data.dicom import read_series
 from seresvit.data.volume import DataError
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"

@@ -16,16 +16,15 @@ from PIL import Image
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from seresvit.config import ConfigError
+from seresvit.data.audit import audit, write
 from seresvit.data.pairing import (
     Case,
-    audit,
     content_hash,
     load_channels,
     load_pair,
     matched_slices,
     read_manifest,
     split_patients,
-    write,
     write_manifest,
 )
 from seresvit.data.volume import DataError, Volume

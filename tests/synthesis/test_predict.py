@@ -11,7 +11,7 @@ import torch
 
 from seresvit.config import ConfigError, ModelSettings, VitSettings
 from seresvit.data import phantom, read_volume
-from seresvit.data.pairing import audit, write
+from seresvit.data.audit import audit, write
 from seresvit.data.volume import DataError
 from seresvit.model import checkpoint
 from seresvit.model.generator import Generator

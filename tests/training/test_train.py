@@ -8,8 +8,8 @@ import yaml
 
 from seresvit.config import ConfigError, load_config
 from seresvit.data import phantom
+from seresvit.data.audit import audit, write
 from seresvit.data.dataset import prepare
-from seresvit.data.pairing import audit, write
 from seresvit.data.volume import DataError
 from seresvit.model import checkpoint
 from seresvit.training import train as training

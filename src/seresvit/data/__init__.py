@@ -36,7 +36,7 @@ def write_volume(volume: Volume, path: Path, *, description: str, energy_kev: fl
     `synthetic.nii.gz`, `.mha` or `.nrrd` in it. `description` goes into the header of every format, `energy_kev` into
     that of DICOM. Raises DataError as the writers do.
     """
-    from seresvit.data.dicom import write_derived
+    from seresvit.data.derived import write_derived
     from seresvit.data.nifti import write_image, write_png_folder
 
     path = Path(path)

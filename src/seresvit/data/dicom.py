@@ -1,16 +1,12 @@
-"""DICOM: a series in as one Volume, and a derived series out beside it.
+"""DICOM: a series in as one Volume.
 
 What is read is decided by geometry alone: slices lie where ImagePositionPatient puts them, never in the order of
-InstanceNumber or file name. What is written is a new series of the same study and frame of reference whose every slice
-names the slice that it was computed from (DICOM PS3.3 C.7.6.1.1.4 and C.12.4.1).
+InstanceNumber or file name.
 """
 
-import copy
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -18,17 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from pydicom import Dataset, dcmread, uid
 from pydicom.config import disable_value_validation
-from pydicom.datadict import dictionary_VR
-from pydicom.dataset import FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_modality_lut
-from pydicom.sr.codedict import codes
-from pydicom.sr.coding import Code
-from pydicom.tag import BaseTag, Tag
-from pydicom.valuerep import format_number_as_ds
 
-from seresvit import __version__
-from seresvit.data.volume import DataError, Unit, Volume, written_whole
+from seresvit.data.volume import DataError, Volume, energy_kev_in
 
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 # Objects with pixels that are no image; those without pixels are told by that.
@@ -61,7 +50,7 @@ class Frame(NamedTuple):
 
 
 @contextmanager
-def _tolerant() -> Iterator[None]:
+def tolerant() -> Iterator[None]:
     """pydicom without its remarks on non-standard values: archives are full of them, and they name patients."""
     with disable_value_validation(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -95,7 +84,7 @@ def read_series(folder: Path) -> Volume:
     slices at one position, no geometry, colour, pixels that are short, damaged or in an unknown transfer syntax.
     """
     folder = Path(folder)
-    with _tolerant():
+    with tolerant():
         frames = _find_frames(folder)
         _check_one_series(folder, frames)
         frames, affine, positions_mm = _sort_along_normal(frames)
@@ -107,14 +96,14 @@ def read_series(folder: Path) -> Volume:
         array=array,
         affine=affine,
         positions_mm=positions_mm,
-        unit="HU" if _text(first, "Modality") == "CT" and _text(first, "RescaleType") in HU_TYPES else "arbitrary",
+        unit="HU" if text_of(first, "Modality") == "CT" and text_of(first, "RescaleType") in HU_TYPES else "arbitrary",
         path=folder,
         format="dicom",
-        patient=_text(first, "PatientID"),
-        modality=_text(first, "Modality"),
-        description=_text(first, "SeriesDescription"),
+        patient=text_of(first, "PatientID"),
+        modality=text_of(first, "Modality"),
+        description=text_of(first, "SeriesDescription"),
         energy_kev=_energy_kev(first),
-        frame_of_reference=_text(first, "FrameOfReferenceUID"),
+        frame_of_reference=text_of(first, "FrameOfReferenceUID"),
         headers=tuple(frame.header for frame in frames),
     )
 
@@ -145,7 +134,7 @@ def _find_frames(folder: Path) -> list[Frame]:
 def _is_image(header: Dataset) -> bool:
     """True also for a file cut before Rows: it counts as the image that it was, and must not vanish unnoticed."""
     sop_class = uid.UID(str(header.file_meta.get("MediaStorageSOPClassUID", "")))
-    if sop_class == uid.MediaStorageDirectoryStorage or _text(header, "Modality") in NOT_IMAGES:
+    if sop_class == uid.MediaStorageDirectoryStorage or text_of(header, "Modality") in NOT_IMAGES:
         return False
     return "Rows" in header or "SeriesInstanceUID" not in header or "Image Storage" in sop_class.name
 
@@ -156,9 +145,9 @@ def _check_pixel_claim(path: Path, header: Dataset) -> None:
     if syntax is None:
         raise DataError(f"{path}: no transfer syntax in its file header; convert it, for example with dcmconv")
     for keyword in (*IDENTITY, "Rows", "Columns", "BitsAllocated"):
-        if not _text(header, keyword):
+        if not text_of(header, keyword):
             raise DataError(f"{path}: {keyword} is missing; the file is truncated, or export the series again")
-    if not (colour := _text(header, "PhotometricInterpretation")).startswith("MONOCHROME"):
+    if not (colour := text_of(header, "PhotometricInterpretation")).startswith("MONOCHROME"):
         raise DataError(f"{path}: pixels must be MONOCHROME, found {colour or 'none'}; give the original grey series")
     frames = int(header.get("NumberOfFrames") or 1)
     claimed = frames * int(header.Rows) * int(header.Columns) * int(header.BitsAllocated) // 8
@@ -201,16 +190,18 @@ def _split_frames(path: Path, header: Dataset) -> list[Frame]:
 
 
 def _check_one_series(folder: Path, frames: list[Frame]) -> None:
-    first, series = frames[0], {_text(f.header, "SeriesInstanceUID"): f for f in reversed(frames)}
+    first, series = frames[0], {text_of(f.header, "SeriesInstanceUID"): f for f in reversed(frames)}
     if len(series) > 1:
-        named = [f"{f.path.name} ({_text(f.header, 'SeriesDescription') or 'no description'})" for f in series.values()]
+        named = [
+            f"{f.path.name} ({text_of(f.header, 'SeriesDescription') or 'no description'})" for f in series.values()
+        ]
         raise DataError(
             f"{folder}: a folder holds one series, found {len(named)}, for example in {', '.join(named[:4])};"
             " move each into a folder of its own"
         )
     for frame, keyword in product(frames, SAME_IN_SERIES):
         if not _alike(frame, first, keyword):
-            found, expected = (_text(f.header, keyword) or "none" for f in (frame, first))
+            found, expected = (text_of(f.header, keyword) or "none" for f in (frame, first))
             raise DataError(
                 f"{frame.path}: {keyword} must be the same in all slices, found {found} against {expected} in"
                 f" {first.path.name}; move localizers and other stacks out of the folder"
@@ -220,7 +211,7 @@ def _check_one_series(folder: Path, frames: list[Frame]) -> None:
 def _alike(a: Frame, b: Frame, keyword: str) -> bool:
     if keyword in GEOMETRY:
         return np.allclose(_numbers(a, keyword), _numbers(b, keyword), rtol=0, atol=SAME_NUMBER)
-    return _text(a.header, keyword) == _text(b.header, keyword)
+    return text_of(a.header, keyword) == text_of(b.header, keyword)
 
 
 def _sort_along_normal(frames: list[Frame]) -> tuple[list[Frame], np.ndarray, np.ndarray]:
@@ -266,7 +257,7 @@ def _sort_along_normal(frames: list[Frame]) -> tuple[list[Frame], np.ndarray, np
 def _single_slice_mm(header: Dataset) -> float:
     for keyword in ("SpacingBetweenSlices", "SliceThickness"):
         with suppress(ValueError):
-            if (value := float(_text(header, keyword))) > 0:
+            if (value := float(text_of(header, keyword))) > 0:
                 return value
     return 1.0
 
@@ -289,16 +280,12 @@ def _read_pixels(frames: list[Frame]) -> np.ndarray:
 def _energy_kev(header: Dataset) -> float | None:
     """The one energy that the labels of a virtual monoenergetic image name, such as 'MonoE 70keV[HU] 070keV'."""
     for keyword in ("SeriesDescription", "ImageComments"):
-        if len(energies := _energies_kev(_text(header, keyword))) == 1:
-            return energies.pop()
+        if (energy_kev := energy_kev_in(text_of(header, keyword))) is not None:
+            return energy_kev
     return None
 
 
-def _energies_kev(text: str) -> set[float]:
-    return {float(number) for number in re.findall(r"(\d+(?:\.\d+)?)\s*keV", text, re.IGNORECASE)}
-
-
-def _text(header: Dataset, keyword: str) -> str:
+def text_of(header: Dataset, keyword: str) -> str:
     """The value as one line of text; empty when absent or unreadable."""
     try:
         return " ".join(str(header.get(keyword, "") or "").split())
@@ -314,187 +301,6 @@ def _numbers(frame: Frame, keyword: str) -> np.ndarray:
     if values.shape != (GEOMETRY[keyword],) or not np.isfinite(values).all():
         raise DataError(
             f"{frame.path}: {keyword} must be {GEOMETRY[keyword]} numbers that place the slice in the patient, found"
-            f" {_text(frame.header, keyword) or 'none'}; export the series again from the archive"
+            f" {text_of(frame.header, keyword) or 'none'}; export the series again from the archive"
         )
     return values
-
-
-# ------------------------------------------------------------------------------------------------ writing
-
-
-def _tags(keywords: str) -> set[BaseTag]:
-    return {Tag(keyword) for keyword in keywords.split()}
-
-
-# Group 0028 describes the source's pixels, but for these.
-KEPT_0028 = _tags("""
-    Rows Columns PixelSpacing PhotometricInterpretation BurnedInAnnotation QualityControlImage
-    RecognizableVisualFeatures LongitudinalTemporalInformationModified
-    LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod
-""")
-WINDOW = _tags("WindowCenter WindowWidth WindowCenterWidthExplanation")
-# When the modality changes (MR to CT), acquisition attributes (group 0018) would state a scan that never was.
-KEPT_0018 = _tags("""
-    BodyPartExamined SliceThickness SpacingBetweenSlices PatientPosition SoftwareVersions DeviceSerialNumber
-    ContributingEquipmentSequence
-""")
-# Statements on the source alone: its derivation, comments, creator, stored-value maps, icon, signatures.
-DROPPED = _tags("""
-    SourceImageSequence DerivationCodeSequence ImageComments InstanceCreatorUID ReferencedFrameNumber IconImageSequence
-    RealWorldValueMappingSequence MACParametersSequence DigitalSignaturesSequence EncryptedAttributesSequence
-    MultienergyCTProcessingSequence PixelPresentation
-""")
-# Attributes of type 2 (must be there, may be empty) of the modules that CT and MR images share, then of each.
-TYPE_2 = _tags("""
-    PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID ReferringPhysicianName Manufacturer
-    AccessionNumber PositionReferenceIndicator SliceThickness AcquisitionNumber PatientPosition
-""")
-TYPE_2_OF = {"CT": _tags("KVP"), "MR": _tags("ScanOptions MRAcquisitionType RepetitionTime EchoTime EchoTrainLength")}
-STORAGE = {"CT": uid.CTImageStorage, "MR": uid.MRImageStorage}
-
-
-def write_derived(volume: Volume, folder: Path, *, description: str, energy_kev: float | None = None) -> list[Path]:
-    """Paths SYN_0001.dcm, ... in `folder`, in the order of `volume.array`, whose `headers` are the source slices.
-
-    Study, patient, frame of reference and geometry are the source's; series and instances are new, DERIVED\\SECONDARY,
-    and name the source slices. "HU" becomes CT (also from MR headers) in signed 16 bits of 1 HU; other units keep the
-    modality and get one slope for the series. `energy_kev` is written into SeriesDescription. `folder` is replaced when
-    all is written. DerivationDescription tells what no standard code does (CID 7203): computed by a neural network.
-    Raises DataError: headers and slices differ in number or size, values not finite or beyond 16 bits.
-    """
-    folder, headers, count = Path(folder), volume.headers, len(volume.array)
-    if volume.format != "dicom" or len(headers) != count or not headers:
-        raise DataError(f"{folder}: needs one DICOM header a slice, found {len(headers)} for {count}; read DICOM first")
-    if bad := int((~np.isfinite(volume.array)).sum()):
-        raise DataError(f"{folder}: values must be finite, found {bad} that are not; nothing was written")
-    scale = _scale(volume, folder)
-    label = description.replace("\\", "/")
-    if energy_kev is not None and energy_kev not in _energies_kev(label):
-        label = f"{label[:54].rstrip()} {energy_kev:g} keV"
-    series_uid, now = uid.generate_uid(), datetime.now()
-    names = [f"SYN_{number:04d}.dcm" for number in range(1, count + 1)]
-    with _tolerant(), written_whole(folder) as temporary:
-        temporary.mkdir()
-        for number, (name, header, values) in enumerate(zip(names, headers, volume.array, strict=True), 1):
-            if values.shape != (size := (header.Rows, header.Columns)):
-                raise DataError(
-                    f"{folder}: slices must be {size} as in the source, found {values.shape}; resample first"
-                )
-            derived = _inherited(header, "CT" if volume.unit == "HU" else volume.modality or header.Modality)
-            _describe(derived, header, label, now)
-            derived.InstanceNumber = number
-            derived.SeriesInstanceUID, derived.SOPInstanceUID = series_uid, uid.generate_uid()
-            _set_pixels(derived, values, volume.unit, *scale)
-            derived.save_as(temporary / name, enforce_file_format=True)
-    return [folder / name for name in names]
-
-
-def _scale(volume: Volume, folder: Path) -> tuple[str, str, tuple[float, float]]:
-    """Slope, intercept and window (centre, width), one for the series, since a viewer may overlook the first two."""
-    low, high = float(volume.array.min()), float(volume.array.max())
-    if volume.unit == "HU":
-        if low < -32768.5 or high > 32767.5:
-            raise DataError(f"{folder}: HU must fit 16 bits, found {low:.0f} to {high:.0f}; nothing was written")
-        return "1", "0", (40.0, 400.0)
-    slope = format_number_as_ds((high - low) / 65534 if high > low else 1.0)
-    dim, bright = np.percentile(volume.array, (1, 99))
-    return slope, format_number_as_ds(low), (float(dim + bright) / 2, max(float(bright - dim), float(slope)))
-
-
-def _inherited(header: Dataset, modality: str) -> Dataset:
-    """What the derived slice has from its source: nothing private, nothing about the source's pixels or creation."""
-    derived = copy.deepcopy(header)
-    other_modality = modality != _text(header, "Modality")
-
-    def carries_over(tag: BaseTag) -> bool:
-        if tag.is_private or tag in DROPPED or tag.element == 0:
-            return False
-        if tag in WINDOW:
-            return modality == "CT" and not other_modality
-        if tag.group == 0x0028:
-            return tag in KEPT_0028
-        if tag.group == 0x0018 and other_modality:
-            return tag in KEPT_0018
-        # Curves, overlays, waveforms and pixels.
-        return not (0x5000 <= tag.group < 0x5500 or tag.group >= 0x6000)
-
-    for tag in list(derived.keys()):
-        if not carries_over(tag) or not _readable(derived, tag):
-            del derived[tag]
-    derived.remove_private_tags()
-    for tag in (TYPE_2 | TYPE_2_OF.get(modality, set())) - derived.keys():
-        derived.add_new(tag, dictionary_VR(tag), "")
-    if modality == "MR" and "ScanningSequence" not in derived:
-        # The standard's words for a sequence that has none of its names.
-        derived.ScanningSequence, derived.SequenceVariant = "RM", "NONE"
-    if not _text(derived, "BodyPartExamined") and "Laterality" not in derived:
-        derived.Laterality = ""
-    derived.Modality, derived.SOPClassUID = modality, STORAGE.get(modality, header.SOPClassUID)
-    derived.file_meta = FileMetaDataset()
-    derived.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    return derived
-
-
-def _readable(dataset: Dataset, tag: BaseTag) -> bool:
-    """Elements that cannot be parsed cannot be written again in another transfer syntax."""
-    try:
-        element = dataset[tag]
-        items = element.value if element.VR == "SQ" else ()
-        return all(_readable(item, inner) for item in items for inner in list(item.keys()))
-    except Exception:  # what a damaged value raises depends on its type
-        return False
-
-
-def _describe(derived: Dataset, source: Dataset, label: str, now: datetime) -> None:
-    """What the slice is, by what and from what it was computed, and when."""
-    image_type = source.get("ImageType") or []
-    kinds = [image_type] if isinstance(image_type, str) else [kind.strip() for kind in image_type]
-    if len(kinds) < 3 or derived.Modality != _text(source, "Modality"):
-        kinds = ["", "", "OTHER" if derived.Modality == "MR" else "AXIAL"]
-    derived.ImageType = ["DERIVED", "SECONDARY", kinds[2]]
-    if not label.isascii():
-        derived.decode()
-        derived.SpecificCharacterSet = "ISO_IR 192"
-    derived.SeriesDescription = label[:64]
-    derived.DerivationDescription = f"{label}: computed by the neural network of seresvit {__version__}"[:1024]
-    derived.ImageComments = "Synthetic image: computed, not acquired by a scanner"
-    derived.SeriesNumber = 1000 + (int(number) if (number := _text(source, "SeriesNumber")).isdecimal() else 0)
-
-    origin = Dataset()
-    origin.ReferencedSOPClassUID, origin.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
-    if frame_number := source.get("ReferencedFrameNumber"):
-        origin.ReferencedFrameNumber = frame_number
-    origin.PurposeOfReferenceCodeSequence = [_code(codes.DCM.SourceImageForImageProcessingOperation)]
-    derived.SourceImageSequence = [origin]
-    equipment = Dataset()
-    equipment.PurposeOfReferenceCodeSequence = [_code(codes.DCM.ProcessingEquipment)]
-    equipment.Manufacturer, equipment.ManufacturerModelName = "SE-ResViT", "seresvit"
-    equipment.SoftwareVersions = __version__
-    equipment.ContributionDateTime = now.strftime("%Y%m%d%H%M%S")
-    derived.ContributingEquipmentSequence = [*(derived.get("ContributingEquipmentSequence") or []), equipment]
-    for what in ("InstanceCreation", "Series", "Content"):
-        setattr(derived, f"{what}Date", now.strftime("%Y%m%d"))
-        setattr(derived, f"{what}Time", now.strftime("%H%M%S"))
-
-
-def _code(code: Code) -> Dataset:
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code.value, code.scheme_designator, code.meaning
-    return item
-
-
-def _set_pixels(
-    derived: Dataset, values: np.ndarray, unit: Unit, slope: str, intercept: str, window: tuple[float, float]
-) -> None:
-    """16 bits, signed for HU, that come back within half a slope."""
-    dtype = np.dtype("<i2" if unit == "HU" else "<u2")
-    derived.SamplesPerPixel = 1
-    derived.BitsAllocated, derived.BitsStored, derived.HighBit = 16, 16, 15
-    derived.PixelRepresentation = int(unit == "HU")
-    derived.RescaleSlope, derived.RescaleIntercept = slope, intercept
-    derived.RescaleType = "HU" if unit == "HU" else "US"
-    if not ("WindowCenter" in derived and "WindowWidth" in derived):
-        derived.WindowCenter, derived.WindowWidth = (format_number_as_ds(value) for value in window)
-    stored = np.rint((values.astype(np.float64) - float(intercept)) / float(slope))
-    derived.PixelData = stored.clip(np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype).tobytes()
-    derived["PixelData"].VR = "OW"

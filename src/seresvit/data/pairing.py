@@ -1,7 +1,6 @@
-"""Find each patient's images, match, check and split them: the manifest that everything downstream reads.
+"""Find each patient's images, match and split them: the manifest that everything downstream reads.
 
-Images are matched by patient and slices by position along the normal, never by sorted order. What would teach the
-network something false is a fault and stops the manifest; what merely costs data is a warning.
+Images are matched by patient and slices by position along the normal, never by sorted order.
 """
 
 import difflib
@@ -10,11 +9,11 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -25,7 +24,6 @@ from seresvit.data.volume import DataError, Volume, same_grid, written_whole
 
 Split = Literal["train", "val", "test", "none"]
 Images = dict[str, dict[str, Path]]  # modality → patient → folder or file
-Problem = tuple[Volume, str, str, str]  # the image at fault, then a Finding's rule, found and remedy
 COLUMNS = ("patient", "split", "source", "target", "source_path", "target_path", "mask_path")
 LAYOUTS = ("modality/patient", "patient/modality")
 IMAGE_FILE = re.compile(r"(.+?)\.(nii|nii\.gz|mha|nrrd)", re.IGNORECASE)
@@ -52,87 +50,7 @@ class Case:
         return f"{self.patient}_{self.source}"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong with one file or folder (relative to the audited root), and what to do about it."""
-
-    file: str
-    rule: str
-    found: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.rule}: {self.found}; {self.remedy}"
-
-
-@dataclass(frozen=True)
-class Audit:
-    """All cases of a folder, what is wrong with them, the settings asked for, and each case's geometry."""
-
-    cases: list[Case]
-    faults: list[Finding]
-    warnings: list[Finding]
-    settings: dict[str, Any]
-    geometry: list[dict[str, Any]]
-
-
-def audit(
-    root: Path,
-    sources: list[str],
-    target: str,
-    *,
-    layout: str = "auto",
-    mask: str | None = None,
-    val: Iterable[str] = (),
-    test: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    val_share: float = 0.15,
-    test_share: float = 0.15,
-    seed: int = 0,
-    progress: Callable[[list[Case]], Iterable[Case]] = iter,
-) -> Audit:
-    """The pairs below `root`, checked and split by patient.
-
-    `mask` names the mask modality (None: "labels" or "mask" if present); `val`, `test` and `exclude` name patients, and
-    a split without names is drawn by its share; `progress` wraps the cases as they are read. Raises DataError when
-    nothing can be paired, ConfigError for an unusable option.
-    """
-    root, val, test, exclude = Path(root).absolute(), list(val), list(test), list(exclude)
-    modalities = [*sources, target]
-    if not sources or len({*modalities, mask}) != len(modalities) + 1:
-        raise ConfigError(f"--source {','.join(sources)} --target {target}: give different modalities, each once")
-    masks_to_try = [mask] if mask else [usual for usual in USUAL_MASKS if usual not in modalities]
-    layout, images = _find(root, modalities, layout, masks_to_try)
-    if mask and mask not in images:
-        raise DataError(f"{root}: no mask {mask} in the layout {layout}; change --mask")
-    mask = next((name for name in masks_to_try if name in images), None)
-    masks = images[mask] if mask else {}
-    images = {modality: images[modality] for modality in modalities}
-    patients = _without(sorted({patient for found in images.values() for patient in found}), exclude)
-    paired = [p for p in patients if p in images[target] and any(p in images[source] for source in sources)]
-    if not paired:
-        found = shorten(", ".join(patients), 200)
-        raise DataError(f"{root}: no patient with both a source and {target}, found {found}; name patients alike")
-    splits = split_patients(paired, val, test, val_share, test_share, seed)
-    chosen = [(p, source) for p in paired for source in sources if p in images[source]]
-    cases = [Case(p, splits[p], s, target, images[s][p], images[target][p], masks.get(p)) for p, s in chosen]
-    faults: list[Finding] = []
-    sides = images | ({"mask": masks} if masks else {})
-    lacks = {p: ", ".join(name for name, found in sides.items() if p not in found) for p in patients}
-    warned = [Finding(p, "every image", f"no {lacks[p]}", "add it, or go on without") for p in patients if lacks[p]]
-    geometry = []
-    for case in progress(cases):
-        if loaded := _load(case, faults):
-            faults += _findings(FAULTS, loaded)
-            warned += _findings(WARNINGS, loaded)
-            geometry.append(_geometry(loaded))
-    settings: dict[str, Any] = {"sources": sources, "target": target, "layout": layout, "mask": mask, "seed": seed}
-    settings |= {"val": val, "test": test, "exclude": exclude, "val_share": val_share, "test_share": test_share}
-    # A target that belongs to several sources is checked with each: what is wrong with it is said once.
-    return Audit(cases, list(dict.fromkeys(faults)), list(dict.fromkeys(warned)), settings, geometry)
-
-
-def _find(root: Path, modalities: list[str], layout: str, masks: Iterable[str]) -> tuple[str, Images]:
+def find_images(root: Path, modalities: list[str], layout: str, masks: Iterable[str]) -> tuple[str, Images]:
     """The layout that holds every modality, and its images, masks included; raises DataError for none or both."""
     if layout not in (*LAYOUTS, "auto"):
         raise ConfigError(f"--layout {layout}: expected auto, {' or '.join(LAYOUTS)}")
@@ -168,8 +86,8 @@ def _images(root: Path, layout: str, modalities: set[str]) -> Images:
     return images
 
 
-def _short(path: Path) -> str:
-    """The path below the audited root, which in both layouts is a folder and what it holds."""
+def short_path(path: Path) -> str:
+    """The path below the audited root: in both layouts a folder and what it holds."""
     return "/".join(path.parts[-2:])
 
 
@@ -184,7 +102,7 @@ def split_patients(
     patients, val, test = sorted(set(patients)), set(val), set(test)
     if min(val_share, test_share) < 0 or val_share + test_share >= 1:
         raise ConfigError(f"validation and test share {val_share}, {test_share}: each from 0, together below 1")
-    _without(patients, (*val, *test))
+    without(patients, (*val, *test))
     if both := sorted(val & test):
         raise ConfigError(f"{both[0]}: named for validation and for test; name a patient once")
     drawn = sorted(set(patients) - val - test, key=lambda p: hashlib.blake2b(f"{seed} {p}".encode()).digest())
@@ -196,123 +114,13 @@ def split_patients(
     return {p: "test" if p in test else "val" if p in val else "train" for p in patients}
 
 
-def _without(patients: list[str], names: Iterable[str]) -> list[str]:
+def without(patients: list[str], names: Iterable[str]) -> list[str]:
     """The patients less the named ones; raises ConfigError for a name that is not among them."""
     for name in names:
         if name not in patients:
             near = difflib.get_close_matches(name, patients, n=1)
             raise ConfigError(f"no patient {name} with a pair" + (f"; did you mean {near[0]}?" if near else ""))
     return [p for p in patients if p not in set(names)]
-
-
-class _Loaded(NamedTuple):
-    """A case with its images, as a check sees it."""
-
-    case: Case
-    source: Volume
-    target: Volume
-    mask: Volume | None
-
-
-def _load(case: Case, faults: list[Finding]) -> _Loaded | None:
-    """The images of a case, None when source or target cannot be read; what cannot be read joins `faults`."""
-    volumes: dict[Path | None, Volume] = {}
-    for path in filter(None, (case.source_path, case.target_path, case.mask_path)):
-        try:
-            volumes[path] = read_volume(path)
-        except DataError as error:
-            faults.append(Finding(_short(path), "readable", *_parted(error, path)))
-    source, target = volumes.get(case.source_path), volumes.get(case.target_path)
-    return _Loaded(case, source, target, volumes.get(case.mask_path)) if source and target else None
-
-
-def _parted(error: DataError, path: Path) -> tuple[str, str]:
-    """What was found and the remedy, from a message about the file at `path`; the audited root is cut away."""
-    found, _, remedy = str(error).removeprefix(f"{path}: ").replace(f"{path.parents[1]}{os.sep}", "").partition("; ")
-    return found, remedy or "mend it, or leave the patient out"
-
-
-def _one_patient(loaded: _Loaded) -> Iterator[Problem]:
-    # Only DICOM headers identify a patient; the identifiers themselves are never shown.
-    identities = {v.patient for v in (loaded.source, loaded.target) if v.format == "dicom" and v.patient}
-    if len(identities) > 1:
-        found = f"swapped patient: its PatientID is not the one in {_short(loaded.target.path)}"
-        yield loaded.source, "one patient a case", found, "move it to its own patient's folder"
-
-
-def _one_grid(loaded: _Loaded) -> Iterator[Problem]:
-    different = same_grid(loaded.source, loaded.target)
-    if not different and not len(matched_slices(loaded.source, loaded.target)[0]):
-        different = "no slice at the position of one"
-    if different:
-        found = f"{different} of {_short(loaded.target.path)}"
-        yield loaded.source, "same grid", found, "resample it, or leave the patient out"
-
-
-def _named_energy(loaded: _Loaded) -> Iterator[Problem]:
-    for volume, modality in ((loaded.source, loaded.case.source), (loaded.target, loaded.case.target)):
-        named = re.search(r"(\d+(?:\.\d+)?)\s*kev", modality, re.IGNORECASE)
-        if named and volume.energy_kev not in (None, float(named[1])):
-            found = f"the header says {volume.energy_kev:g} keV, the name {modality}"
-            yield volume, "energy as named", found, "move it, or rename the modality"
-
-
-def _not_constant(loaded: _Loaded) -> Iterator[Problem]:
-    for volume in (loaded.source, loaded.target):
-        if (value := volume.array.min()) == volume.array.max():
-            yield volume, "an image", f"constant, every voxel is {value:g}", "export it again, or leave the patient out"
-
-
-def _fitting_mask(loaded: _Loaded) -> Iterator[Problem]:
-    if loaded.mask:
-        try:
-            _labels(loaded.mask, loaded.target, matched_slices(loaded.target, loaded.source)[0])
-        except DataError as error:
-            yield loaded.mask, "mask on the target's grid", *_parted(error, loaded.mask.path)
-
-
-def _partnered_slices(loaded: _Loaded) -> Iterator[Problem]:
-    for volume, name in _unmatched([loaded.source, loaded.target]):
-        yield volume, "slice on both sides", f"{name} has no partner", "add it, or go on without"
-
-
-# One small function a rule: FAULTS would corrupt training, WARNINGS only cost data.
-Check = Callable[[_Loaded], Iterator[Problem]]
-FAULTS: list[Check] = [_one_patient, _one_grid, _named_energy, _not_constant, _fitting_mask]
-WARNINGS: list[Check] = [_partnered_slices]
-
-
-def _findings(checks: list[Check], loaded: _Loaded) -> list[Finding]:
-    return [Finding(_short(volume.path), *problem) for check in checks for volume, *problem in check(loaded)]
-
-
-def _geometry(loaded: _Loaded) -> dict[str, Any]:
-    """What `audit.json` keeps of a case; `dropped` names every slice that has no partner."""
-    return {
-        **{key: getattr(loaded.case, key) for key in COLUMNS[:4]},
-        "size_zyx": list(loaded.target.array.shape),
-        "spacing_mm_zyx": [round(spacing, 4) for spacing in loaded.target.spacing_mm_zyx],
-        "num_slices": len(matched_slices(loaded.source, loaded.target)[0]),
-        "dropped": [f"{_short(v.path)}: {name}" for v, name in _unmatched([loaded.source, loaded.target])],
-    }
-
-
-def write(result: Audit, manifest_path: Path) -> bool:
-    """True when the manifest was written; with any fault only `audit.json` beside it is. Raises DataError."""
-    splits = list({case.patient: case.split for case in result.cases}.values())
-    record = {
-        "counts": {f"{split}_patients": splits.count(split) for split in ("train", "val", "test")}
-        | {"cases": len(result.cases), "faults": len(result.faults), "warnings": len(result.warnings)},
-        "faults": [asdict(finding) for finding in result.faults],
-        "warnings": [asdict(finding) for finding in result.warnings],
-        "settings": result.settings,
-        "cases": result.geometry,
-    }
-    with written_whole(manifest_path.with_name("audit.json")) as path:
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not result.faults:
-        write_manifest(result.cases, manifest_path)
-    return not result.faults
 
 
 def write_manifest(cases: list[Case], path: Path) -> None:
@@ -411,8 +219,8 @@ def load_pair(*cases: Case) -> Pair:
             raise DataError(f"{volume.path}: {different} of {target.path}; run seresvit audit")
     shared = _shared_slices(volumes)
     *sources, kept_target = on_shared_slices(volumes)
-    labels, label_names = _labels(read_volume(case.mask_path), target, shared[-1]) if case.mask_path else (None, {})
-    dropped = [f"{_short(volume.path)}: {name}" for volume, name in _unmatched(volumes)]
+    labels, label_names = labels_of(read_volume(case.mask_path), target, shared[-1]) if case.mask_path else (None, {})
+    dropped = [f"{short_path(volume.path)}: {name}" for volume, name in unmatched_slices(volumes)]
     return Pair(case, tuple(sources), kept_target, labels, label_names, dropped)
 
 
@@ -445,7 +253,7 @@ def _shared_slices(volumes: list[Volume]) -> list[np.ndarray]:
     return list(partners[:, (partners >= 0).all(axis=0)])
 
 
-def _unmatched(volumes: list[Volume]) -> list[tuple[Volume, str]]:
+def unmatched_slices(volumes: list[Volume]) -> list[tuple[Volume, str]]:
     """The slices that not all volumes have, each as its volume and "file at position"."""
     unmatched = []
     for volume, shared in zip(volumes, _shared_slices(volumes), strict=True):
@@ -466,7 +274,7 @@ def _at_slices(volume: Volume, index: np.ndarray) -> Volume:
     return replace(volume, array=volume.array[index], affine=affine, positions_mm=positions, headers=headers)
 
 
-def _labels(mask: Volume, target: Volume, kept: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+def labels_of(mask: Volume, target: Volume, kept: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
     """Labels (Z, Y, X) uint8 on the target's slices `kept`, and their names: of labels.json, else "mask" for all > 0.
 
     Raises DataError when the mask does not cover these slices on the target's grid, or has other labels than 0 to 255.

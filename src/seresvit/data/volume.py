@@ -5,6 +5,7 @@ y to the back, z to the head), whatever the file held.
 """
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -50,6 +51,12 @@ class Volume:
         """Distances between voxel centres (slice, row, column) in millimetres."""
         x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0)
         return float(z), float(y), float(x)
+
+
+def energy_kev_in(text: str) -> float | None:
+    """The one energy that a label names, such as 70.0 for 'MonoE 70keV[HU] 070keV'; None for none or several."""
+    energies = {float(number) for number in re.findall(r"(\d+(?:\.\d+)?)\s*keV", text, re.IGNORECASE)}
+    return energies.pop() if len(energies) == 1 else None
 
 
 def same_grid(a: Volume, b: Volume, tolerance_mm: float = 0.01) -> str:

@@ -20,7 +20,7 @@ from seresvit.config import ConfigError, DataSettings
 from seresvit.data import read_volume, write_volume
 from seresvit.data.intensity import Intensity, intensity_of
 from seresvit.data.pairing import Case, load_channels, on_shared_slices, read_manifest
-from seresvit.data.volume import DataError, Volume, same_grid, written_whole
+from seresvit.data.volume import DataError, Volume, energy_kev_in, same_grid, written_whole
 from seresvit.model import checkpoint
 
 RECORD = "prediction.json"
@@ -85,7 +85,7 @@ class Predictor:
     @property
     def target_energy_kev(self) -> float | None:
         """The energy that the target's name states, None when it states none."""
-        return energy_in_name(self.target_name)
+        return energy_kev_in(self.target_name)
 
     @cached_property
     def checkpoint_sha256(self) -> str:
@@ -100,7 +100,7 @@ class Predictor:
         spacing, where the checkpoint records it (more than a quarter off).
         """
         found = []
-        trained_kev = [kev for kev in map(energy_in_name, self.header.get("sources", [])) if kev is not None]
+        trained_kev = [kev for kev in map(energy_kev_in, self.header.get("sources", [])) if kev is not None]
         trained_mm = self.header.get("spacing_mm_yx")
         for volume in sources:
             if volume.energy_kev and trained_kev and volume.energy_kev not in trained_kev:
@@ -143,12 +143,6 @@ class Predictor:
         if self.data.intensity.target == "uint8":
             return Intensity("uint8", 0.0, 255.0, "uint8")
         return intensity_of(source, "percentile", self.data)
-
-
-def energy_in_name(name: str) -> float | None:
-    """The energy in keV of a modality called like "110keV", None for another name."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?keV", name, re.IGNORECASE)
-    return float(found[1]) if found else None
 
 
 @dataclass(frozen=True)
