@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
-from seresvit.config import ModelSettings, VitSettings
+from seresvit.config import ModelSettings, VitSettings, load_config
 from seresvit.model import checkpoint
 from seresvit.model.discriminator import Discriminator
 from seresvit.model.generator import Generator
+from seresvit.training.stage import stage_network
 
 
 def run(*words, cwd=None, **variables):
@@ -94,13 +95,15 @@ def test_dry_run_prints_the_plan_and_writes_no_run(patients, tmp_path):
         patients / "manifest.csv",
         "--run-dir",
         tmp_path / "run",
-        "--set",
-        "model.fusion.kind=concat",
     ]
-    finished = run("train", tmp_path / "c.yaml", *words, "--dry-run")
+    small = ["train.size=32", "train.batch_size=1", "model.base_channels=4", "model.fusion.kind=concat"]
+    small += ["model.vit={depth: 1, width: 16, heads: 2, mlp_width: 16}"]
+    finished = run("train", tmp_path / "c.yaml", *words, "--dry-run", *(w for one in small for w in ("--set", one)))
     assert finished.returncode == 0, finished.stderr
-    assert "kind: concat" in finished.stdout and "stage 2: 123,441,537 parameters" in finished.stdout
-    assert not (tmp_path / "run").exists()
+    network = stage_network(load_config(None, small), 2)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert "kind: concat" in finished.stdout and f"stage 2: {count:,} parameters" in finished.stdout
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["first-batch.png"]
 
 
 def test_wrong_checkpoints_are_named_with_the_remedy(patients, tmp_path, model):

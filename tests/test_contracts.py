@@ -16,7 +16,7 @@ import typer
 from seresvit.cli import app
 from seresvit.config import load_config
 from seresvit.model.discriminator import Discriminator
-from seresvit.training.train import stage_network
+from seresvit.training.stage import stage_network
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "seresvit"
@@ -27,10 +27,15 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # A file imports only from files above its own.
 ROOMS = [
-    *("seresvit", "config", "data.volume", "data.dicom", "data.derived", "data.nifti", "data", "data.intensity"),
-    *("data.pairing", "data.audit", "data.dataset", "data.phantom"),
+    *("seresvit", "config", "data.volume", "data.dicom", "data.mark", "data.derivation", "data.enhanced"),
+    *("data.derived", "data.nifti", "data.pictures", "data", "data.deidentify"),
+    *("data.geometry", "data.intensity", "data.bias", "data.pairing", "data.layouts", "data.pair"),
+    *("data.registration", "data.checks", "data.audit_page", "data.audit"),
+    *("data.prepared", "data.augmentation", "data.dataset", "data.phantom"),
     *("model", "model.fusion", "model.transformer", "model.generator", "model.discriminator", "model.checkpoint"),
-    *("training", "training.losses", "training.train", "synthesis", "synthesis.predict", "synthesis.export"),
+    *("training", "training.perceptual", "training.losses", "training.run", "training.stage", "training.processes"),
+    *("training.train", "training.rehearsal"),
+    *("synthesis", "synthesis.predict", "synthesis.export"),
     *("evaluation", "evaluation.metrics", "evaluation.statistics", "evaluation.evaluate", "evaluation.gates"),
     *("evaluation.compare", "evaluation.report", "serving", "cli", "__main__"),
 ]
@@ -41,6 +46,7 @@ FIXED_SPELLINGS = {
     "audit ROOT --source 110keV,90keV --target 70keV --out manifest.csv": {"source": "110keV,90keV", "layout": "auto"},
     "audit ROOT --source T1 --target T2 --layout modality/patient": {"layout": "modality/patient"},
     "audit ROOT --source T1 --target T2 --layout patient/modality": {"layout": "patient/modality"},
+    "audit ROOT --source T1 --target T2 --layout aligned-png": {"layout": "aligned-png"},
     "train CONFIG --manifest m.csv --run-dir runs/NAME --dry-run": {"run_dir": Path("runs/NAME"), "dry_run": True},
     "train CONFIG --manifest m.csv --run-dir NAME --set a=1 --set b=2": {"overrides": ["a=1", "b=2"]},
     "predict CHECKPOINT INPUT OUT --device cpu": {"source": Path("INPUT"), "device": "cpu"},
@@ -124,7 +130,7 @@ def test_readme_commands_run_with_these_options():
         if words == ["--help"]:
             continue
         found = parse(words)
-        config = ROOT / found["config"] if "config" in found else None
+        config = ROOT / found["config"] if found.get("config") else None
         load_config(config, found.get("overrides") or [])
 
 
@@ -143,12 +149,15 @@ def test_every_dependency_is_explained():
 
 
 def test_every_library_is_declared():
-    declared = {re.split(r"[<>=~!\[ ]", one)[0].lower() for one in PROJECT["dependencies"]}
+    extras = (one for name, extra in PROJECT["optional-dependencies"].items() if name != "dev" for one in extra)
+    declared = {re.split(r"[<>=~!\[ ]", one)[0].lower() for one in (*PROJECT["dependencies"], *extras)}
     owners = importlib.metadata.packages_distributions()
     tops = {name.partition(".")[0] for file in SOURCE.rglob("*.py") for name in imported(file)}
     libraries = tops - set(sys.stdlib_module_names) - {"seresvit"}
     assert not libraries & {"torchvision", "timm", "lpips"}
-    undeclared = {name for name in libraries if not declared & {owner.lower() for owner in owners.get(name, [])}}
+    undeclared = {
+        name for name in libraries if not declared & {owner.lower().replace("_", "-") for owner in owners.get(name, [])}
+    }
     assert not undeclared
 
 

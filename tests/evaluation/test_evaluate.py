@@ -288,3 +288,33 @@ def test_the_recorded_scale_of_an_mr_prediction_counts(tmp_path):
     expected = score(images["T2"], 3 * images["T2"], protocol="mr", prediction_scale=500.0)
     assert expected["mae"] > 0.1
     assert row(run(tmp_path, "mr").cases, method="synthetic")["mae"] == pytest.approx(expected["mae"], rel=1e-5)
+
+
+def test_a_prediction_on_another_grid_is_scored_on_the_targets_where_training_resampled(tmp_path):
+    """Source and prediction are the inner half of the target's field, with every voxel twice as large in the plane."""
+
+    def flat(path, array_zyx, spacing_mm, origin_mm, first_slice_mm):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        affine = np.diag([-spacing_mm, -spacing_mm, 1, 1.0])
+        affine[:3, 3] = -origin_mm, -origin_mm, first_slice_mm
+        nibabel.save(nibabel.Nifti1Image(array_zyx.transpose(2, 1, 0).astype(np.float32), affine), path)
+
+    ramp = 20.0 * np.arange(32) - 700 + 0 * np.arange(6)[:, None, None] + 0 * np.arange(32)[None, :, None]
+    coarse = 20.0 * (8.5 + 2 * np.arange(8)) - 700 + 0 * np.arange(6)[:, None, None] + 0 * np.arange(8)[None, :, None]
+    flat(tmp_path / "P1/ct.nii", ramp, 1, 0, 0)
+    flat(tmp_path / "P1/cbct.nii", coarse[1:] + 30, 2, 8.5, 1)
+    flat(tmp_path / "predictions/P1_cbct/synthetic.nii", coarse[1:] + 10, 2, 8.5, 1)
+    write_manifest(tmp_path / "manifest.csv", [["P1", "test", "cbct", "ct", "P1/cbct.nii", "P1/ct.nii", ""]])
+    write_prediction(tmp_path / "predictions/P1_cbct", "P1", "cbct", "synthetic.nii")
+    with pytest.raises(DataError, match=r"image size .* set data\.resample"):
+        run(tmp_path)
+    write_prediction(tmp_path / "predictions/P1_cbct", "P1", "cbct", "synthetic.nii", resample="source")
+    slices = run(tmp_path).slices
+    of_synthetic = slices[slices["method"] == "synthetic"]
+    assert len(of_synthetic) == 5  # the target's first slice is not covered
+    # A quarter of the field is covered; its outermost half voxels hold the edge, 5 HU off at either end.
+    assert of_synthetic["mae"].to_numpy() == pytest.approx(10 / 4, abs=0.1)
+    assert row(slices, method="source unchanged", slice=0)["mae"] == pytest.approx(30 / 4, abs=0.1)
+    flat(tmp_path / "predictions/P1_cbct/synthetic.nii", coarse[1:4] + 10, 2, 8.5, 1)
+    with pytest.raises(DataError, match="P1_cbct lacks 2 of 5 slices"):
+        run(tmp_path)

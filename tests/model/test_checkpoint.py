@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from seresvit.config import ModelSettings, VitSettings
@@ -98,6 +99,17 @@ def test_our_checkpoint_rebuilds_the_network(tmp_path):
     assert torch.equal(loaded(x), network(x))
 
 
+def test_norm_travels_in_the_header_and_is_batch_where_it_does_not(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(Generator(TINY.model_copy(update={"norm": "instance"})), path, HEADER)
+    assert checkpoint.load(path).settings.norm == "instance"
+    checkpoint.save(Generator(TINY), path, HEADER)
+    state, header = checkpoint.read(path)
+    del header["model"]["norm"]
+    safetensors.torch.save_file(state, path, metadata={"seresvit": json.dumps(header)})
+    assert checkpoint.load(path).settings == TINY
+
+
 def broken(path, change):
     state = {k: v.clone() for k, v in torch.load(path, weights_only=True).items()}
     change(state)
@@ -131,6 +143,7 @@ def test_export_refuses_what_the_published_layout_cannot_say(tmp_path):
     for change, said in (
         ({"vit": VIT.model_copy(update={"heads": 2})}, "heads as 64 wide"),
         ({"token_grid": (2, 8)}, "square token grids"),
+        ({"norm": "group"}, "batch norm, this network group norm"),
     ):
         with pytest.raises(CheckpointError, match=said):
             checkpoint.export_published(Generator(TINY.model_copy(update=change)), tmp_path / "G.pth")
@@ -173,8 +186,6 @@ def test_files_of_another_kind_are_refused_in_one_line(tmp_path, content, capsys
 
 
 def test_load_refuses_a_discriminator_a_truncated_file_and_foreign_safetensors(tmp_path):
-    import safetensors.torch
-
     path = tmp_path / "d.safetensors"
     checkpoint.save(Discriminator(2, 4), path, HEADER)
     with pytest.raises(CheckpointError, match="discriminator"):

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 
 from seresvit.config import ConfigError, ModelSettings, VitSettings
 from seresvit.data import phantom, read_volume
 from seresvit.data.audit import audit, write
+from seresvit.data.mark import lettering
 from seresvit.data.volume import DataError
 from seresvit.model import checkpoint
 from seresvit.model.generator import Generator
@@ -22,20 +24,22 @@ VIT = VitSettings(depth=1, width=16, heads=2, mlp_width=16)
 WINDOW = {"kind": "window", "low": -1024.0, "high": 2048.0, "unit": "HU"}
 
 
-def saved(path, in_channels=1, channels=()):
+def saved(path, in_channels=1, channels=(), spacing_mm_yx=None, **data):
     torch.manual_seed(0)
     network = Generator(ModelSettings(base_channels=8, in_channels=in_channels, token_grid=(2, 3), vit=VIT))
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
     header = {
-        "data": {"window_hu": [-1024, 2048], "channels": list(channels)},
+        "data": {"window_hu": [-1024, 2048], "channels": list(channels), **data},
         "train_size": [32, 48],
         "target_intensity": WINDOW,
         "sources": ["110keV"],
         "target": "70keV",
         "run": "r",
     }
+    if spacing_mm_yx:
+        header["spacing_mm_yx"] = spacing_mm_yx
     checkpoint.save(network, path, header)
     return path
 
@@ -193,3 +197,137 @@ def test_a_real_series_with_gaps_and_an_rtstruct_keeps_its_geometry(predictor, t
     np.testing.assert_allclose(written.positions_mm, source.positions_mm, atol=1e-3)
     np.testing.assert_allclose(written.affine, source.affine, atol=1e-6)
     assert written.array.shape == source.array.shape == (8, 480, 480)
+
+
+MARKER = "Zebrastripe"
+PERSON = {
+    **dict.fromkeys(("PatientName", "PatientID", "OtherPatientNames", "PatientAddress", "PatientComments"), MARKER),
+    **dict.fromkeys(("ReferringPhysicianName", "OperatorsName", "PerformingPhysicianName", "AccessionNumber"), MARKER),
+    "PatientBirthDate": "19871231",
+}
+
+
+def test_no_name_nor_birth_date_is_ever_told(predictor, patients, tmp_path, monkeypatch, capfd):
+    import shutil
+
+    from seresvit import cli
+
+    shutil.copytree(patients / "dicom", tmp_path / "dicom")
+    for path in (tmp_path / "dicom").rglob("*.dcm"):
+        header = pydicom.dcmread(path)
+        for keyword, value in PERSON.items():
+            setattr(header, keyword, value)
+        header.save_as(path)
+    split = ["--val", "P001,P002", "--test", "P003"]
+    broken = next((tmp_path / "dicom/110keV/P003").glob("*.dcm"))
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["seresvit", *map(str, words)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    manifest, model = tmp_path / "manifest.csv", predictor.path
+    assert run("audit", tmp_path / "dicom", "--source", "110keV", "--target", "70keV", "--out", manifest, *split) == 0
+    whole = broken.read_bytes()
+    broken.write_bytes(whole.replace(b"70keV", b"90keV")[:-300])
+    assert run("predict", model, manifest, tmp_path / "predictions", "--device", "cpu") == 1
+    broken.write_bytes(whole)
+    assert run("predict", model, manifest, tmp_path / "predictions", "--device", "cpu") == 0
+    out = tmp_path / "evaluation"
+    assert run("evaluate", tmp_path / "predictions", "--manifest", manifest, "--out", out) == 0
+
+    told = [*capfd.readouterr(), *(str(path) for path in tmp_path.rglob("*"))]
+    written = [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".csv", ".html", ".jsonl", ".txt")]
+    assert {path.name for path in written} >= {"prediction.json", "audit.json", "report.html", "cases.csv"}
+    told += [path.read_text(encoding="utf-8") for path in written]
+    assert not [text for text in told if MARKER.lower() in text.lower() or "19871231" in text]
+
+
+def test_anonymous_predictions_tell_nothing_of_whom_they_are(predictor, patients, tmp_path):
+    out = tmp_path / "out"
+    assert predict_manifest(predictor, patients / "manifest.csv", out, anonymize=True) == []
+    source = {ds.SOPInstanceUID: ds for ds in map(pydicom.dcmread, (patients / "dicom").rglob("*.dcm"))}
+    folders = sorted(out.iterdir())
+    assert len(folders) == 4 and all(folder.name.startswith("ANON-") for folder in folders)
+    for folder in folders:
+        record = (folder / "prediction.json").read_text()
+        assert not any(word in record for word in ("P002", "P003", str(tmp_path), str(predictor.path.parent)))
+        assert json.loads(record)["patient"] == folder.name.split("_")[0] and json.loads(record)["anonymized"]
+        header = pydicom.dcmread(next(folder.glob("*.dcm")))
+        assert header.PatientIdentityRemoved == "YES" and header.PatientID == folder.name.split("_")[0]
+        assert header.SourceImageSequence[0].ReferencedSOPInstanceUID not in source
+        assert np.abs(read_volume(folder).array).max() > 0
+
+
+def test_the_mark_is_on_record_and_only_dicom_has_overlays(predictor, patients, tmp_path):
+    predict_path(predictor, patients / "dicom/110keV/P001", tmp_path / "dicom", mark="overlay")
+    assert json.loads((tmp_path / "dicom/prediction.json").read_text())["mark"] == "overlay"
+    assert (0x6000, 0x3000) in pydicom.dcmread(next((tmp_path / "dicom").glob("*.dcm")))
+    source = read_volume(patients / "dicom/110keV/P001")
+    image = sitk.GetImageFromArray(source.array)
+    image.SetDirection([1, 0, 0, 0, 1, 0, 0, 0, 1])
+    sitk.WriteImage(image, tmp_path / "ct.mha")
+    with pytest.raises(DataError, match="--mark burned"):
+        predict_path(predictor, tmp_path / "ct.mha", tmp_path / "mha", mark="overlay")
+    plain, marked = (predict_path(predictor, tmp_path / "ct.mha", tmp_path / str(m), mark=m) for m in (None, "burned"))
+    differs = read_volume(plain / "synthetic.mha").array != read_volume(marked / "synthetic.mha").array
+    word, rim = lettering(*source.array.shape[1:])
+    assert differs[:, word | rim].mean() > 0.9 and not differs[:, ~word & ~rim].any()
+
+
+@pytest.mark.parametrize(
+    ("resample", "shape"),
+    [("source", (5, 40, 40)), ("target", (5, 20, 27)), ([1.0, 2.0], (5, 40, 20)), (3.0, (5, 14, 14))],
+)
+def test_a_network_of_another_grid_predicts_there_and_returns_on_the_sources_own(patients, tmp_path, resample, shape):
+    source = read_volume(patients / "dicom/110keV/P001")
+    z_mm, y_mm, x_mm = source.spacing_mm_zyx
+    trained_mm = [2 * y_mm, 1.5 * x_mm]
+    if resample == [1.0, 2.0]:
+        resample = [y_mm, 2 * x_mm]
+    elif resample == 3.0:
+        resample = [z_mm, 3 * y_mm, 3 * x_mm]
+    path = saved(tmp_path / "model.safetensors", resample=resample, spacing_mm_yx=trained_mm)
+    predictor, seen = Predictor(path, "cpu"), []
+    predictor.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    predict_path(predictor, patients / "dicom/110keV/P001", tmp_path / "out")
+    assert (sum(len(batch) for batch in seen), *seen[0].shape[2:]) == shape
+    written = read_volume(tmp_path / "out")
+    np.testing.assert_array_equal(written.affine, source.affine)
+    np.testing.assert_array_equal(written.positions_mm, source.positions_mm)
+    assert written.array.shape == source.array.shape and written.array[:, 0, 0].min() > -1024
+    record = json.loads((tmp_path / "out/prediction.json").read_text())
+    assert (record["resample"], record["interpolation"]) == (resample, "linear")
+    assert bool(record["doubts"]) == (resample == "source")  # all others come to the trained spacing
+
+
+def test_the_way_to_the_trained_grid_and_back_keeps_the_anatomy(patients, tmp_path):
+    class Unchanged(torch.nn.Module):
+        settings = ModelSettings()
+
+        def forward(self, image_BCHW):
+            return image_BCHW
+
+    source = read_volume(patients / "dicom/110keV/P001")
+    fine = [mm / 3 for mm in source.spacing_mm_zyx]  # a third has the source's own voxels among its
+    predictor = Predictor(saved(tmp_path / "model.safetensors", resample=fine), "cpu")
+    predictor.net = Unchanged()
+    np.testing.assert_allclose(predictor(source).array, source.array.clip(-1024, 2048), atol=0.05)
+
+
+def test_a_channel_on_another_grid_is_resampled_only_where_training_did_so(patients, tmp_path):
+    one, two = (read_volume(patients / f"dicom/{kev}keV/P001") for kev in (110, 125))
+    finer = replace(two, array=two.array[:, 4:-4, 4:-4], affine=two.affine.copy())
+    finer.affine[:3, 3] += two.affine[:3, :2] @ [4, 4]
+    channels = ["110keV", "125keV"]
+    strict = Predictor(saved(tmp_path / "strict.safetensors", 2, channels), "cpu")
+    with pytest.raises(DataError, match=r"differs from .* in image size"):
+        strict(one, finer)
+    lenient = Predictor(saved(tmp_path / "lenient.safetensors", 2, channels, resample="source"), "cpu")
+    assert lenient(one, finer).array.shape == one.array.shape
+    np.testing.assert_array_equal(lenient.as_trained(one, finer)[1].array[:, 4:-4, 4:-4], finer.array)
+    with pytest.raises(DataError, match="does not cover all slices"):
+        lenient(one, replace(finer, array=finer.array[:2], positions_mm=finer.positions_mm[:2], headers=()))

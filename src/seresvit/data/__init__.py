@@ -1,54 +1,87 @@
 """Volumes from and to disk, whatever the format; the imaging libraries load on first use, not with the package."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from seresvit.data.volume import DataError, Volume
 
+if TYPE_CHECKING:
+    from seresvit.data.mark import Mark
 
-def read_volume(path: Path) -> Volume:
-    """The image at `path`: a folder of DICOM or of PNG slices, or a .nii, .nii.gz, .mha, .nrrd or DICOM file.
 
-    Raises DataError: nothing there, or not one of these; and what the reader of the format refuses.
+def read_volume(path: Path, pixels: bool = True) -> Volume:
+    """The image at `path`: a folder or zip of DICOM, a folder of PNG or TIFF slices, or an image file.
+
+    Files may be .nii, .nii.gz, .mha, .nrrd, .tif or DICOM. Without `pixels` only headers are read: the array, of the
+    right shape, is a view of one 0. Raises DataError: nothing there, or not one of these; and what the reader of the
+    format refuses.
     """
     from seresvit.data.dicom import read_series
-    from seresvit.data.nifti import ITK, NIFTI, read_image, read_png_folder
+    from seresvit.data.nifti import ITK, NIFTI, read_image
+    from seresvit.data.pictures import PICTURES, TIFF, read_pictures, read_tiff
 
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; give a folder of DICOM or PNG, or a .nii, .mha or .nrrd file")
     if path.is_dir():
-        has_png = any(p.suffix.lower() == ".png" and not p.name.startswith(".") for p in path.iterdir())
-        return read_png_folder(path) if has_png else read_series(path)
+        has_pictures = any(p.suffix.lower() in PICTURES and not p.name.startswith(".") for p in path.iterdir())
+        return read_pictures(path, pixels) if has_pictures else read_series(path, pixels)
     if path.name.lower().endswith(NIFTI + ITK):
-        return read_image(path)
-    if path.suffix.lower() in ("", ".dcm", ".ima"):
-        return read_series(path)
+        return read_image(path, pixels)
+    if path.suffix.lower() in TIFF:
+        return read_tiff(path, pixels)
+    if path.suffix.lower() in ("", ".dcm", ".ima", ".zip"):
+        return read_series(path, pixels)
     raise DataError(
-        f"{path}: cannot read {path.suffix} files; give a folder of DICOM or 8-bit grey PNG, or a .nii, .nii.gz,"
-        " .mha or .nrrd file"
+        f"{path}: cannot read {path.suffix} files; give a folder or .zip of DICOM, a folder of grey PNG or TIFF, or a"
+        " .nii, .nii.gz, .mha, .nrrd or .tif file"
     )
 
 
-def write_volume(volume: Volume, path: Path, *, description: str, energy_kev: float | None = None) -> Path:
+def write_volume(
+    volume: Volume,
+    path: Path,
+    *,
+    description: str,
+    energy_kev: float | None = None,
+    checkpoint_sha256: str = "",
+    mark: "Mark | None" = None,
+) -> Path:
     """Writes `volume` under the folder `path` in its own format; what comes back is what `read_volume` reads again.
 
     DICOM and PNG become the folder, whatever stood there (never its source); NIfTI and ITK images become
-    `synthetic.nii.gz`, `.mha` or `.nrrd` in it. `description` goes into the header of every format, `energy_kev` into
-    that of DICOM. Raises DataError as the writers do.
+    `synthetic.nii.gz`, `.mha` or `.nrrd` in it. `description` goes into the header of every format, `energy_kev` and
+    `checkpoint_sha256` into that of DICOM, whose UIDs depend on it. `mark` puts the word SYNTHETIC on every slice:
+    "burned" into the values, or an "overlay", which only DICOM has. Raises DataError as the writers do.
     """
     from seresvit.data.derived import write_derived
-    from seresvit.data.nifti import write_image, write_png_folder
+    from seresvit.data.mark import burned
+    from seresvit.data.nifti import write_image
+    from seresvit.data.pictures import TIFF, write_pictures
 
     path = Path(path)
     source = volume.path.resolve()
     if volume.format in ("dicom", "png") and path.resolve() in (source, *source.parents):
         raise DataError(f"{path}: holds the source, which the new slices would replace; choose another folder")
     if volume.format == "dicom":
-        write_derived(volume, path, description=description, energy_kev=energy_kev)
+        write_derived(
+            volume,
+            path,
+            description=description,
+            checkpoint_sha256=checkpoint_sha256,
+            energy_kev=energy_kev,
+            mark=mark,
+        )
         return path
+    if mark == "overlay":
+        raise DataError(f"{volume.path}: only DICOM images have overlay planes; use --mark burned")
+    if mark == "burned":
+        volume = replace(volume, array=burned(volume.array, volume.unit))
     if volume.format == "png":
-        write_png_folder(volume, path, description)
-        return path
+        pictures = path / "synthetic.tif" if volume.path.suffix.lower() in TIFF else path
+        write_pictures(volume, pictures, description)
+        return pictures
     suffix = volume.path.suffix.lower() if volume.format == "itk" else ".nii.gz"
     file = path / f"synthetic{suffix}"
     write_image(volume, file, description)

@@ -1,34 +1,37 @@
 """Check every pair of a folder before anything learns from it.
 
-What would teach the network something false is a fault and stops the manifest; what merely costs data is a warning.
+Cases are found, loaded and checked one by one on all cores, compared with one another, and written down: the manifest,
+`audit.json` for machines, `audit.html` for people. A fault stops the manifest, a warning does not.
 """
 
+import hashlib
 import json
-import os
+import re
+import signal
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 
-from seresvit.config import ConfigError
+from seresvit.config import ConfigError, DataSettings
 from seresvit.data import read_volume
-from seresvit.data.pairing import (
-    COLUMNS,
-    USUAL_MASKS,
-    Case,
-    find_images,
-    labels_of,
-    matched_slices,
-    short_path,
-    split_patients,
-    unmatched_slices,
-    without,
-    write_manifest,
-)
-from seresvit.data.volume import DataError, Volume, energy_kev_in, same_grid, written_whole
+from seresvit.data.audit_page import audit_page, overview
+from seresvit.data.checks import FAULTS, PIXEL_FAULTS, PIXEL_WARNINGS, WARNINGS, Check, Loaded, parted
+from seresvit.data.layouts import ALIGNED, SPLITS, USUAL_MASKS, find
+from seresvit.data.pair import matched_slices, unmatched_slices
+from seresvit.data.pairing import COLUMNS, Case, short_path, split_patients, without, write_manifest
+from seresvit.data.volume import DataError, Volume, written_whole
 
-Problem = tuple[Volume, str, str, str]  # the image at fault, then a Finding's rule, found and remedy
+# Patients' names up to this length are pseudonymised in paths only.
+SHORT_NAME = 3
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,31 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """What is left of a case when its images are gone: all of it small.
+
+    `patient_id` as DICOM has it, "" where the sides differ or name none; `pixel_hashes` of all but constant images.
+    """
+
+    case: Case
+    faults: list[Finding]
+    warnings: list[Finding] = field(default_factory=list)
+    geometry: dict[str, Any] = field(default_factory=dict)
+    picture: str = ""
+    patient_id: str = ""
+    pixel_hashes: dict[Path, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Audit:
-    """All cases of a folder, what is wrong with them, the settings asked for, and each case's geometry."""
+    """All cases of a folder, what is wrong with them, the settings asked for, each case's geometry and picture."""
 
     cases: list[Case]
     faults: list[Finding]
     warnings: list[Finding]
     settings: dict[str, Any]
     geometry: list[dict[str, Any]]
+    pictures: dict[str, str]
 
 
 def audit(
@@ -61,6 +81,7 @@ def audit(
     target: str,
     *,
     layout: str = "auto",
+    unpacked: Path = Path("unpacked"),
     mask: str | None = None,
     val: Iterable[str] = (),
     test: Iterable[str] = (),
@@ -68,20 +89,27 @@ def audit(
     val_share: float = 0.15,
     test_share: float = 0.15,
     seed: int = 0,
+    data: DataSettings = DataSettings(),  # noqa: B008
+    pixels: bool = True,
+    workers: int = 1,
     progress: Callable[[list[Case]], Iterable[Case]] = iter,
 ) -> Audit:
     """The pairs below `root`, checked and split by patient.
 
-    `mask` names the mask modality (None: "labels" or "mask" if present); `val`, `test` and `exclude` name patients, and
-    a split without names is drawn by its share; `progress` wraps the cases as they are read. Raises DataError when
-    nothing can be paired, ConfigError for an unusable option.
+    `root` may be a table; pictures with source and target side by side go into `unpacked`: see `layouts.find`. `mask`
+    names the mask modality (None: "labels" or "mask" if present); `val`, `test` and `exclude` name patients; unless the
+    layout gives splits, one without names is drawn by its share. `data` gives window and `resample`; without `pixels`
+    only headers are read. Each of `workers` processes holds one case's images at a time; `progress` wraps the cases as
+    they are read. Raises DataError when nothing can be paired, ConfigError for an unusable option.
     """
     root, val, test, exclude = Path(root).absolute(), list(val), list(test), list(exclude)
     modalities = [*sources, target]
     if not sources or len({*modalities, mask}) != len(modalities) + 1:
         raise ConfigError(f"--source {','.join(sources)} --target {target}: give different modalities, each once")
     masks_to_try = [mask] if mask else [usual for usual in USUAL_MASKS if usual not in modalities]
-    layout, images = find_images(root, modalities, layout, masks_to_try)
+    layout, images, fixed_splits = find(root, sources, target, masks_to_try, layout, unpacked)
+    if fixed_splits and (val or test):
+        raise ConfigError(f"--val, --test: {root} gives each patient's split itself; leave them out")
     if mask and mask not in images:
         raise DataError(f"{root}: no mask {mask} in the layout {layout}; change --mask")
     mask = next((name for name in masks_to_try if name in images), None)
@@ -90,111 +118,127 @@ def audit(
     patients = without(sorted({patient for found in images.values() for patient in found}), exclude)
     paired = [p for p in patients if p in images[target] and any(p in images[source] for source in sources)]
     if not paired:
-        found = shorten(", ".join(patients), 200)
-        raise DataError(f"{root}: no patient with both a source and {target}, found {found}; name patients alike")
-    splits = split_patients(paired, val, test, val_share, test_share, seed)
+        there = shorten(", ".join(patients), 200)
+        raise DataError(f"{root}: no patient with both a source and {target}, found {there}; name patients alike")
+    splits = fixed_splits or split_patients(paired, val, test, val_share, test_share, seed)
     chosen = [(p, source) for p in paired for source in sources if p in images[source]]
     cases = [Case(p, splits[p], s, target, images[s][p], images[target][p], masks.get(p)) for p, s in chosen]
-    faults: list[Finding] = []
     sides = images | ({"mask": masks} if masks else {})
     lacks = {p: ", ".join(name for name, found in sides.items() if p not in found) for p in patients}
     warned = [Finding(p, "every image", f"no {lacks[p]}", "add it, or go on without") for p in patients if lacks[p]]
-    geometry = []
-    for case in progress(cases):
-        if loaded := _load(case, faults):
-            faults += _findings(FAULTS, loaded)
-            warned += _findings(WARNINGS, loaded)
-            geometry.append(_geometry(loaded))
+    if layout == ALIGNED:
+        unnamed, remedy = "its pictures are numbered, but name no patient", "name them PATIENT_NUMBER.png"
+        warned += [Finding(p, "a patient a name", unnamed, remedy) for p in paired if p in SPLITS]
     settings: dict[str, Any] = {"sources": sources, "target": target, "layout": layout, "mask": mask, "seed": seed}
     settings |= {"val": val, "test": test, "exclude": exclude, "val_share": val_share, "test_share": test_share}
+    settings |= {"window_hu": data.window_hu, "resample": data.resample, "pixels": pixels}
+    check = partial(check_case, mask_name=mask or "", data=data, pixels=pixels)
+    checked = list(_each(check, cases, workers, progress))
+    across_faults, across_warnings = _across(checked)
     # A target that belongs to several sources is checked with each: what is wrong with it is said once.
-    return Audit(cases, list(dict.fromkeys(faults)), list(dict.fromkeys(warned)), settings, geometry)
+    return Audit(
+        cases,
+        list(dict.fromkeys([*(finding for one in checked for finding in one.faults), *across_faults])),
+        list(dict.fromkeys([*warned, *(finding for one in checked for finding in one.warnings), *across_warnings])),
+        settings,
+        [one.geometry for one in checked if one.geometry],
+        {one.case.name: one.picture for one in checked if one.picture},
+    )
 
 
-class _Loaded(NamedTuple):
-    """A case with its images, as a check sees it."""
+def _each(
+    check: Callable[[Case], Checked],
+    cases: list[Case],
+    workers: int,
+    progress: Callable[[list[Case]], Iterable[Case]],
+) -> Iterator[Checked]:
+    """Every case checked, in order. Raises DataError when a worker dies, as for lack of memory."""
+    if min(workers, len(cases)) <= 1:
+        yield from map(check, progress(cases))
+        return
+    # Not forked: libraries that hold threads may hang in a copy of this process.
+    pool = ProcessPoolExecutor(min(workers, len(cases)), get_context("spawn"))
+    try:
+        with _interrupts_ignored():
+            results = pool.map(check, cases)
+        for _, checked in zip(progress(cases), results, strict=True):
+            yield checked
+    except BrokenProcessPool:
+        raise DataError("a worker died, perhaps for lack of memory; audit again with fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    case: Case
-    source: Volume
-    target: Volume
-    mask: Volume | None
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes that start here ignore Ctrl-C from their first moment: it is for this one to end them."""
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
-def _load(case: Case, faults: list[Finding]) -> _Loaded | None:
-    """The images of a case, None when source or target cannot be read; what cannot be read joins `faults`."""
+def check_case(case: Case, mask_name: str, data: DataSettings, pixels: bool) -> Checked:
+    """What every rule finds in one case; an image that cannot be read is a fault too."""
+    faults: list[Finding] = []
     volumes: dict[Path | None, Volume] = {}
     for path in filter(None, (case.source_path, case.target_path, case.mask_path)):
         try:
-            volumes[path] = read_volume(path)
+            volumes[path] = read_volume(path, pixels)
         except DataError as error:
-            faults.append(Finding(short_path(path), "readable", *_parted(error, path)))
+            faults.append(_unreadable(path, error))
+        except MemoryError:
+            faults.append(Finding(short_path(path), "readable", "more than fits into memory", "use fewer --workers"))
     source, target = volumes.get(case.source_path), volumes.get(case.target_path)
-    return _Loaded(case, source, target, volumes.get(case.mask_path)) if source and target else None
+    if not (source and target):
+        return Checked(case, faults)
+    loaded = Loaded(case, source, target, volumes.get(case.mask_path), mask_name, data, pixels)
+    faults += _findings([*FAULTS, *(PIXEL_FAULTS if pixels else ())], loaded)
+    picture = ""
+    if pixels:
+        shown = [source, target]  # as they are, where they do not fit
+        with suppress(DataError):
+            shown = loaded.on_grid
+        picture = overview(*shown)
+    return Checked(
+        case,
+        faults,
+        _findings([*WARNINGS, *(PIXEL_WARNINGS if pixels else ())], loaded),
+        _geometry(loaded),
+        picture,
+        source.patient if source.patient == target.patient else "",
+        {v.path: _pixel_hash(v) for v in (source, target) if v.array.min() < v.array.max()},
+    )
 
 
-def _parted(error: DataError, path: Path) -> tuple[str, str]:
-    """What was found and the remedy, from a message about the file at `path`; the audited root is cut away."""
-    found, _, remedy = str(error).removeprefix(f"{path}: ").replace(f"{path.parents[1]}{os.sep}", "").partition("; ")
-    return found, remedy or "mend it, or leave the patient out"
+def _unreadable(path: Path, error: DataError) -> Finding:
+    """The reader's refusal, with the file that it names, which may be one of a folder."""
+    named = Path(str(error).partition(": ")[0])
+    if path not in named.parents:
+        return Finding(short_path(path), "readable", *parted(error, path))
+    found, remedy = parted(error, path)
+    file = f"{short_path(path)}/{named.relative_to(path).as_posix()}"
+    return Finding(file, "readable", found.removeprefix(f"{file}: "), remedy)
 
 
-def _one_patient(loaded: _Loaded) -> Iterator[Problem]:
-    # Only DICOM headers identify a patient; the identifiers themselves are never shown.
-    identities = {v.patient for v in (loaded.source, loaded.target) if v.format == "dicom" and v.patient}
-    if len(identities) > 1:
-        found = f"swapped patient: its PatientID is not the one in {short_path(loaded.target.path)}"
-        yield loaded.source, "one patient a case", found, "move it to its own patient's folder"
+def _findings(checks: list[Check], loaded: Loaded) -> list[Finding]:
+    return [Finding(short_path(path), *problem) for check in checks for path, *problem in check(loaded)]
 
 
-def _one_grid(loaded: _Loaded) -> Iterator[Problem]:
-    different = same_grid(loaded.source, loaded.target)
-    if not different and not len(matched_slices(loaded.source, loaded.target)[0]):
-        different = "no slice at the position of one"
-    if different:
-        found = f"{different} of {short_path(loaded.target.path)}"
-        yield loaded.source, "same grid", found, "resample it, or leave the patient out"
+def _pixel_hash(volume: Volume) -> str:
+    return hashlib.blake2b(repr(volume.array.shape).encode() + volume.array.tobytes(), digest_size=16).hexdigest()
 
 
-def _named_energy(loaded: _Loaded) -> Iterator[Problem]:
-    for volume, modality in ((loaded.source, loaded.case.source), (loaded.target, loaded.case.target)):
-        if energy_kev_in(modality) and volume.energy_kev not in (None, energy_kev_in(modality)):
-            found = f"the header says {volume.energy_kev:g} keV, the name {modality}"
-            yield volume, "energy as named", found, "move it, or rename the modality"
-
-
-def _not_constant(loaded: _Loaded) -> Iterator[Problem]:
-    for volume in (loaded.source, loaded.target):
-        if (value := volume.array.min()) == volume.array.max():
-            yield volume, "an image", f"constant, every voxel is {value:g}", "export it again, or leave the patient out"
-
-
-def _fitting_mask(loaded: _Loaded) -> Iterator[Problem]:
-    if loaded.mask:
-        try:
-            labels_of(loaded.mask, loaded.target, matched_slices(loaded.target, loaded.source)[0])
-        except DataError as error:
-            yield loaded.mask, "mask on the target's grid", *_parted(error, loaded.mask.path)
-
-
-def _partnered_slices(loaded: _Loaded) -> Iterator[Problem]:
-    for volume, name in unmatched_slices([loaded.source, loaded.target]):
-        yield volume, "slice on both sides", f"{name} has no partner", "add it, or go on without"
-
-
-# One small function a rule: FAULTS would corrupt training, WARNINGS only cost data.
-Check = Callable[[_Loaded], Iterator[Problem]]
-FAULTS: list[Check] = [_one_patient, _one_grid, _named_energy, _not_constant, _fitting_mask]
-WARNINGS: list[Check] = [_partnered_slices]
-
-
-def _findings(checks: list[Check], loaded: _Loaded) -> list[Finding]:
-    return [Finding(short_path(volume.path), *problem) for check in checks for volume, *problem in check(loaded)]
-
-
-def _geometry(loaded: _Loaded) -> dict[str, Any]:
+def _geometry(loaded: Loaded) -> dict[str, Any]:
     """What `audit.json` keeps of a case; `dropped` names every slice that has no partner."""
+    volumes = (loaded.source, loaded.target, loaded.mask)
     return {
         **{key: getattr(loaded.case, key) for key in COLUMNS[:4]},
+        "files": [short_path(volume.path) for volume in volumes if volume],
         "size_zyx": list(loaded.target.array.shape),
         "spacing_mm_zyx": [round(spacing, 4) for spacing in loaded.target.spacing_mm_zyx],
         "num_slices": len(matched_slices(loaded.source, loaded.target)[0]),
@@ -202,8 +246,77 @@ def _geometry(loaded: _Loaded) -> dict[str, Any]:
     }
 
 
+def _across(checked: list[Checked]) -> tuple[list[Finding], list[Finding]]:
+    """Faults and warnings that show between cases only: one patient under two names, one image under two patients."""
+    faults: list[Finding] = []
+    warnings: list[Finding] = []
+    cases_of: dict[str, dict[str, Case]] = defaultdict(dict)  # PatientID → patient → its first case
+    images_of: dict[str, dict[str, tuple[Case, Path]]] = defaultdict(dict)  # hash → patient → image
+    for one in checked:
+        if one.patient_id:
+            cases_of[one.patient_id].setdefault(one.case.patient, one.case)
+        for path, pixel_hash in one.pixel_hashes.items():
+            images_of[pixel_hash].setdefault(one.case.patient, (one.case, path))
+    num_patients = len({one.case.patient for one in checked})
+    for cases in cases_of.values():
+        first, *others = cases.values()
+        if len(cases) == num_patients > 2:
+            found = "all patients have one PatientID, so that it tells no one apart"
+            warnings.append(Finding(short_path(first.source_path), "a patient a name", found, "see that it is meant"))
+            continue
+        for other in others:
+            found = (
+                f"its PatientID is that of {short_path(first.source_path)} ({first.split}), this is in {other.split}"
+            )
+            finding = Finding(short_path(other.source_path), "one split a patient", found, "name both folders alike")
+            (faults if other.split != first.split else warnings).append(finding)
+    for images in images_of.values():
+        (first, first_path), *others_found = images.values()
+        for other, path in others_found:
+            found = f"the very pixels of {short_path(first_path)} ({first.split}), this is in {other.split}"
+            faults.append(Finding(short_path(path), "an image once", found, "keep one of them"))
+    return faults, warnings
+
+
+def anonymized(result: Audit) -> Audit:
+    """The same with pseudonyms for the patients' names, which then only the manifest's paths still hold."""
+    unpaired = {finding.file for finding in result.warnings if finding.rule == "every image"}
+    names = sorted({case.patient for case in result.cases} | unpaired | set(result.settings["exclude"]))
+    pseudonyms = {name: f"patient-{number:04d}" for number, name in enumerate(names, 1)}
+    # A short name may also be a number or a word: it is meant only as a part of a path.
+    patterns = [
+        escaped if len(escaped := re.escape(name)) > SHORT_NAME else rf"(?<=/){escaped}(?![\w-])|^{escaped}(?=/|$)"
+        for name in sorted(names, key=len, reverse=True)
+    ]
+    known = re.compile("|".join(patterns))
+
+    def told(value: Any) -> Any:
+        if isinstance(value, str):
+            return known.sub(lambda name: pseudonyms[name[0]], value)
+        if isinstance(value, list):
+            return [told(item) for item in value]
+        return {key: told(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    return Audit(
+        [replace(case, patient=pseudonyms[case.patient]) for case in result.cases],
+        [Finding(**told(asdict(finding))) for finding in result.faults],
+        [Finding(**told(asdict(finding))) for finding in result.warnings],
+        told(result.settings),
+        told(result.geometry),
+        {
+            replace(case, patient=pseudonyms[case.patient]).name: result.pictures[case.name]
+            for case in result.cases
+            if case.name in result.pictures
+        },
+    )
+
+
 def write(result: Audit, manifest_path: Path) -> bool:
-    """True when the manifest was written; with any fault only `audit.json` beside it is. Raises DataError."""
+    """True when the manifest was written; with any fault only `audit.json` and `audit.html` beside it are.
+
+    A manifest that an earlier audit wrote there is then renamed, `manifest.csv` to `manifest.stale.csv`, so that
+    nothing is trained by it unawares. Raises DataError when a file cannot be written.
+    """
     splits = list({case.patient: case.split for case in result.cases}.values())
     record = {
         "counts": {f"{split}_patients": splits.count(split) for split in ("train", "val", "test")}
@@ -215,6 +328,16 @@ def write(result: Audit, manifest_path: Path) -> bool:
     }
     with written_whole(manifest_path.with_name("audit.json")) as path:
         path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not result.faults:
-        write_manifest(result.cases, manifest_path)
-    return not result.faults
+    with written_whole(manifest_path.with_name("audit.html")) as path:
+        path.write_text(audit_page(record, result.pictures), encoding="utf-8")
+    if result.faults:
+        if manifest_path.is_file():
+            manifest_path.replace(stale_path(manifest_path))
+        return False
+    write_manifest(result.cases, manifest_path)
+    return True
+
+
+def stale_path(manifest_path: Path) -> Path:
+    """What a manifest is renamed to when its images turn out to be faulty."""
+    return manifest_path.with_suffix(f".stale{manifest_path.suffix}")

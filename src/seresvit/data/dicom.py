@@ -4,20 +4,23 @@ What is read is decided by geometry alone: slices lie where ImagePositionPatient
 InstanceNumber or file name.
 """
 
+import logging
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
 
 import numpy as np
-from pydicom import Dataset, dcmread, uid
+from pydicom import Dataset, FileDataset, dcmread, uid
 from pydicom.config import disable_value_validation
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_modality_lut
 
-from seresvit.data.volume import DataError, Volume, energy_kev_in
+from seresvit.data.volume import DataError, Unit, Volume, energy_kev_in
 
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 # Objects with pixels that are no image; those without pixels are told by that.
@@ -29,6 +32,10 @@ FUNCTIONAL_GROUPS = (
     *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
     *("PixelValueTransformationSequence", "FrameVOILUTSequence"),
 )
+# A functional group too (C.8.15.3.12), and in single-frame objects a sequence as it is (C.8.2.2).
+MULTI_ENERGY = "MultienergyCTCharacteristicsSequence"
+# Where scanners without it name the energy of a virtual monoenergetic image.
+ENERGY_LABELS = ("SeriesDescription", "ImageComments", "ImageType", "DerivationDescription")
 MULTI_FRAME = (
     *("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("DimensionOrganizationSequence", "DimensionIndexSequence"),
@@ -39,12 +46,18 @@ SAME_IN_SERIES = ("Modality", "FrameOfReferenceUID", "Rows", "Columns", "ImageOr
 SAME_NUMBER = 1e-3
 SAME_POSITION_MM = 1e-2
 OFF_LINE_MM = 0.1
+# Unless they are blank and small, no real images deflate a hundredfold, and none compresses a thousandfold at all.
+MOST_DEFLATED = 100
+MOST_COMPRESSED = 1000
+SMALL = 2**28
+
+File = Path | zipfile.Path
 
 
 class Frame(NamedTuple):
     """One plane: its file, its number there, and its header, as of a single-frame object without pixels."""
 
-    path: Path
+    path: File
     number: int
     header: Dataset
 
@@ -52,13 +65,17 @@ class Frame(NamedTuple):
 @contextmanager
 def tolerant() -> Iterator[None]:
     """pydicom without its remarks on non-standard values: archives are full of them, and they name patients."""
-    with disable_value_validation(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logger, level = logging.getLogger("pydicom"), logging.getLogger("pydicom").level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with disable_value_validation(), warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
-def _told_in_one_line(path: Path) -> Iterator[None]:
+def _told_in_one_line(path: File) -> Iterator[None]:
     """Parsers and decoders of damaged files raise almost anything: here it becomes a DataError that names the file."""
     try:
         yield
@@ -66,37 +83,37 @@ def _told_in_one_line(path: Path) -> Iterator[None]:
         raise
     except RecursionError:
         raise DataError(f"{path}: sequences are nested too deeply to be an image; remove the file") from None
-    except NotImplementedError:
-        syntax = dcmread(path, stop_before_pixels=True).file_meta.TransferSyntaxUID.name
-        raise DataError(f"{path}: cannot decode {syntax}; decompress it first, for example with gdcmconv") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DataError(f"{path}: cannot be read as DICOM ({reason}); check it or copy it again") from None
 
 
-def read_series(folder: Path) -> Volume:
-    """The one image series in `folder` (or in one file), slices sorted along their normal, values rescaled.
+def read_series(folder: Path, pixels: bool = True) -> Volume:
+    """The one image series in `folder` (or in one file, or a zip), slices sorted along their normal, values rescaled.
 
-    Files that are not DICOM and objects that are not images (RTSTRUCT, SR, ...) are set aside. Unit "HU" for CT whose
-    RescaleType says nothing else, "arbitrary" otherwise. Gaps may differ: `positions_mm` carries them, and the affine a
+    Files that are not DICOM and objects that are not images (RTSTRUCT, SR, ...) are set aside, and localizers beside
+    other images. Unit "HU" for CT whose RescaleType says nothing else, "arbitrary" otherwise; there MONOCHROME1, whose
+    high values are dark (C.7.6.3.1.2), is inverted. Gaps may differ: `positions_mm` carries them, and the affine a
     tilted gantry. Enhanced multi-frame objects are read by their functional groups. `headers`: one Dataset a slice.
+    Without `pixels` only headers are read, and the array is a view of one 0.
     Raises DataError: nothing to read, several series, differing size, spacing, orientation or frame of reference, two
     slices at one position, no geometry, colour, pixels that are short, damaged or in an unknown transfer syntax.
     """
     folder = Path(folder)
-    with tolerant():
-        frames = _find_frames(folder)
+    with tolerant(), _files(folder) as files:
+        frames, set_aside = _find_frames(folder, files)
         _check_one_series(folder, frames)
         frames, affine, positions_mm = _sort_along_normal(frames)
-        array = _read_pixels(frames)
-    if not np.isfinite(array).all():
+        first = frames[0].header
+        shape = (len(frames), int(first.Rows), int(first.Columns))
+        array = _read_pixels(frames, shape) if pixels else np.broadcast_to(np.float32(0), shape)
+    if pixels and not np.isfinite(array).all():
         raise DataError(f"{folder}: values must be finite after the rescale; check RescaleSlope and RescaleIntercept")
-    first = frames[0].header
     return Volume(
         array=array,
         affine=affine,
         positions_mm=positions_mm,
-        unit="HU" if text_of(first, "Modality") == "CT" and text_of(first, "RescaleType") in HU_TYPES else "arbitrary",
+        unit=_unit(first),
         path=folder,
         format="dicom",
         patient=text_of(first, "PatientID"),
@@ -105,30 +122,91 @@ def read_series(folder: Path) -> Volume:
         energy_kev=_energy_kev(first),
         frame_of_reference=text_of(first, "FrameOfReferenceUID"),
         headers=tuple(frame.header for frame in frames),
+        set_aside=tuple(set_aside),
     )
 
 
-def _find_frames(folder: Path) -> list[Frame]:
+@contextmanager
+def _files(folder: Path) -> Iterator[list[File]]:
+    """What may be an image in a folder or zip, or the one file itself. Nothing of a zip is ever written to disk."""
+    if folder.suffix.lower() == ".zip" and folder.is_file():
+        with _told_in_one_line(folder):
+            archive = zipfile.ZipFile(folder)
+        with archive:
+            members = _checked_members(folder, archive)
+            yield [zipfile.Path(archive, member.filename) for member in members]
+        return
     try:
         inside = folder.iterdir() if folder.is_dir() else [folder]
         paths = sorted(path for path in inside if path.is_file() and not path.name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
-    frames = []
-    for path in paths:
-        with _told_in_one_line(path):
+    yield list(paths)
+
+
+def _checked_members(folder: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in a zip, refused when they claim to unpack to more than images do; `zipfile` unpacks no more."""
+    members = [m for m in archive.infolist() if not m.is_dir() and not PurePosixPath(m.filename).name.startswith(".")]
+    claimed, size = sum(member.file_size for member in members), folder.stat().st_size
+    if claimed > max(SMALL, MOST_DEFLATED * size):
+        raise DataError(f"{folder}: {size} bytes claim to unpack to {claimed}; zip the series again")
+    for member in members:
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"{folder}: {member.filename} is encrypted or not deflated; zip the series again")
+    return members
+
+
+def _read(file: File, pixels: bool) -> FileDataset:
+    with file.open("rb") as stream:
+        begin = stream.read(1024)
+        if uid.DeflatedExplicitVRLittleEndian.encode() in begin:
+            # The file's own header: 132 bytes, then its length, an element of 12 bytes (PS3.10, 7.1).
+            stream.seek(144 + int.from_bytes(begin[140:144], "little"))
+            _check_deflated(file, stream)
+        stream.seek(0)
+        return dcmread(stream, stop_before_pixels=not pixels)
+
+
+def _check_deflated(file: File, stream: IO[bytes]) -> None:
+    """Refuses a dataset that inflates to more than images do, piece by piece, since pydicom takes it whole."""
+    inflate, inflated = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while piece := inflate.unconsumed_tail or stream.read(2**20):
+        inflated += len(inflate.decompress(piece, 2**20))
+        if inflated > max(SMALL, MOST_DEFLATED * stream.tell()):
+            raise DataError(f"{file}: inflates to more than {inflated} bytes, as no image does; copy it again")
+
+
+def _find_frames(folder: Path, files: list[File]) -> tuple[list[Frame], list[str]]:
+    """The planes of all images, and what was set aside, as "name: what it is"."""
+    frames: list[Frame] = []
+    set_aside = []
+    for file in files:
+        with _told_in_one_line(file):
             try:
-                header = dcmread(path, stop_before_pixels=True)
+                header = _read(file, pixels=False)
             except InvalidDicomError:
-                if path.suffix.lower() == ".dcm":
-                    raise DataError(f"{path}: not DICOM in spite of its name; remove it, or copy it again") from None
+                if file.suffix.lower() == ".dcm":
+                    raise DataError(f"{file}: not DICOM in spite of its name; remove it, or copy it again") from None
+                set_aside.append(f"{file.name}: not DICOM")
                 continue
             if _is_image(header):
-                _check_pixel_claim(path, header)
-                frames += _split_frames(path, header)
+                _check_pixel_claim(file, header)
+                frames += _split_frames(file, header)
+            else:
+                sop_class = uid.UID(str(header.file_meta.get("MediaStorageSOPClassUID", "")))
+                set_aside.append(f"{file.name}: {text_of(header, 'Modality') or sop_class.name or 'no image'}")
+    images = [frame for frame in frames if not _is_localizer(frame)]
+    if images:
+        set_aside += [f"{frame.path.name}: LOCALIZER" for frame in frames if _is_localizer(frame)]
+        frames = images
     if not frames:
         raise DataError(f"{folder}: no DICOM image found; give the folder that holds the slices of one series")
-    return frames
+    return frames, set_aside
+
+
+def _is_localizer(frame: Frame) -> bool:
+    """By value 3 of ImageType (C.8.2.1.1.1)."""
+    return "LOCALIZER" in text_of(frame.header, "ImageType")
 
 
 def _is_image(header: Dataset) -> bool:
@@ -139,7 +217,7 @@ def _is_image(header: Dataset) -> bool:
     return "Rows" in header or "SeriesInstanceUID" not in header or "Image Storage" in sop_class.name
 
 
-def _check_pixel_claim(path: Path, header: Dataset) -> None:
+def _check_pixel_claim(path: File, header: Dataset) -> None:
     """Refuses before anything is allocated for it what the file cannot hold."""
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax is None:
@@ -151,16 +229,15 @@ def _check_pixel_claim(path: Path, header: Dataset) -> None:
         raise DataError(f"{path}: pixels must be MONOCHROME, found {colour or 'none'}; give the original grey series")
     frames = int(header.get("NumberOfFrames") or 1)
     claimed = frames * int(header.Rows) * int(header.Columns) * int(header.BitsAllocated) // 8
-    size = path.stat().st_size
-    # No real image compresses a thousandfold, unless it is blank and small.
-    if claimed <= 0 or claimed > (size if syntax in NATIVE else max(2**26, 1000 * size)):
+    size = path.stat().st_size if isinstance(path, Path) else path.root.getinfo(path.at).file_size
+    if claimed <= 0 or claimed > (size if syntax in NATIVE else max(SMALL, MOST_COMPRESSED * size)):
         raise DataError(
             f"{path}: {frames} x {header.Rows} x {header.Columns} pixels need {claimed} bytes, found {size};"
             " it is truncated or damaged: copy it again"
         )
 
 
-def _split_frames(path: Path, header: Dataset) -> list[Frame]:
+def _split_frames(path: File, header: Dataset) -> list[Frame]:
     """One Frame for a classic object; for an enhanced one, a header a frame with its functional groups laid flat."""
     if header.file_meta.TransferSyntaxUID in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
         header.LossyImageCompression = "01"
@@ -175,13 +252,18 @@ def _split_frames(path: Path, header: Dataset) -> list[Frame]:
     shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     # Text must be decoded while the character set of the file is known.
     header.decode()
+    common = Dataset()
+    common.update(header)
     for keyword in MULTI_FRAME:
-        header.pop(keyword, None)
+        common.pop(keyword, None)
     frames = []
     for number, own in enumerate(groups):
         flat = Dataset()
-        flat.update(header)
-        flat.ReferencedFrameNumber = number + 1
+        flat.update(common)
+        flat.enhanced = header  # the object as it was, for the writer of an enhanced one
+        flat.filename, flat.ReferencedFrameNumber = header.filename, number + 1
+        if energy := own.get(MULTI_ENERGY) or shared.get(MULTI_ENERGY):
+            setattr(flat, MULTI_ENERGY, energy)
         for keyword in FUNCTIONAL_GROUPS:
             for item in (own.get(keyword) or shared.get(keyword) or [])[:1]:
                 flat.update(item)
@@ -262,27 +344,41 @@ def _single_slice_mm(header: Dataset) -> float:
     return 1.0
 
 
-def _read_pixels(frames: list[Frame]) -> np.ndarray:
+def _read_pixels(frames: list[Frame], shape: tuple[int, int, int]) -> np.ndarray:
     """(Z, Y, X) float32 in the order of `frames`, after the Modality LUT or rescale of each."""
-    places: dict[Path, list[int]] = {}
+    places: dict[File, list[int]] = {}
     for place, frame in enumerate(frames):
         places.setdefault(frame.path, []).append(place)
-    shape = int(frames[0].header.Rows), int(frames[0].header.Columns)
-    array = np.empty((len(frames), *shape), np.float32)
-    for path, here in places.items():
-        with _told_in_one_line(path):
-            stored = dcmread(path).pixel_array.reshape(-1, *shape)
+    array = np.empty(shape, np.float32)
+    for file, here in places.items():
+        with _told_in_one_line(file):
+            dataset = _read(file, pixels=True)
+            try:
+                stored = dataset.pixel_array.reshape(-1, *shape[1:])
+            except NotImplementedError:
+                syntax = dataset.file_meta.TransferSyntaxUID.name
+                raise DataError(f"{file}: cannot decode {syntax}; decompress it, for example with gdcmconv") from None
+            if _unit(frames[0].header) != "HU" and text_of(dataset, "PhotometricInterpretation") == "MONOCHROME1":
+                # The least and the greatest stored value change places; ~n is -1 - n.
+                stored = ~stored if dataset.PixelRepresentation else 2**dataset.BitsStored - 1 - stored
             for place in here:
                 array[place] = apply_modality_lut(stored[frames[place].number], frames[place].header)
     return array
 
 
+def _unit(header: Dataset) -> Unit:
+    is_hu = text_of(header, "Modality") == "CT" and text_of(header, "RescaleType") in HU_TYPES
+    return "HU" if is_hu else "arbitrary"
+
+
 def _energy_kev(header: Dataset) -> float | None:
-    """The one energy that the labels of a virtual monoenergetic image name, such as 'MonoE 70keV[HU] 070keV'."""
-    for keyword in ("SeriesDescription", "ImageComments"):
-        if (energy_kev := energy_kev_in(text_of(header, keyword))) is not None:
-            return energy_kev
-    return None
+    """The energy of a virtual monoenergetic image: the standard's attribute, else the first label that names one."""
+    for item in header.get(MULTI_ENERGY) or []:
+        with suppress(ValueError):
+            if (energy_kev := float(text_of(item, "MonoenergeticEnergyEquivalent"))) > 0:
+                return energy_kev
+    energies = (energy_kev_in(text_of(header, keyword)) for keyword in ENERGY_LABELS)
+    return next((energy_kev for energy_kev in energies if energy_kev is not None), None)
 
 
 def text_of(header: Dataset, keyword: str) -> str:
@@ -296,7 +392,7 @@ def text_of(header: Dataset, keyword: str) -> str:
 def _numbers(frame: Frame, keyword: str) -> np.ndarray:
     try:
         values = np.asarray(frame.header.get(keyword), dtype=np.float64)
-    except (TypeError, ValueError):
+    except Exception:  # as in text_of
         values = np.empty(0)
     if values.shape != (GEOMETRY[keyword],) or not np.isfinite(values).all():
         raise DataError(

@@ -1,7 +1,7 @@
-"""HU window, MR percentile or 8-bit range ↔ [-1, 1]: always invertible, always recorded beside what it scaled.
+"""HU window, MR percentile or z-score, or 8-bit range ↔ [-1, 1]: always invertible, always recorded.
 
 The network sees [-1, 1]. CT is cut at a fixed window, since HU mean the same everywhere; MR has no unit, so each volume
-is scaled by a high percentile of its own foreground; 8-bit images are scaled by their range.
+is scaled by a high percentile, or by mean and deviation, of its own foreground; 8-bit images are scaled by their range.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,12 +14,13 @@ from skimage.filters import threshold_otsu
 from seresvit.config import DataSettings
 from seresvit.data.volume import DataError, Unit, Volume
 
-Kind = Literal["window", "percentile", "uint8"]
+Kind = Literal["window", "percentile", "zscore", "uint8"]
 
 # What each rule can scale, and the rule that a volume of each unit asks for.
 FITTING_UNITS: dict[str, tuple[Unit, ...]] = {
     "window": ("HU",),
     "percentile": ("arbitrary", "uint8"),
+    "zscore": ("arbitrary", "uint8"),
     "uint8": ("uint8",),
 }
 FITTING_KIND: dict[Unit, Kind] = {"HU": "window", "arbitrary": "percentile", "uint8": "uint8"}
@@ -43,10 +44,13 @@ class Intensity:
                 f"intensity rule {self.kind}: low {self.low} must be below a finite high, found {self.high}"
             )
 
-    def normalise(self, array: np.ndarray) -> np.ndarray:
-        """Values in [-1, 1], float32; what lies outside `low`..`high` is clipped."""
-        clipped = np.clip(np.asarray(array, dtype=np.float32), self.low, self.high)
-        return np.clip((clipped - self.low) * (2 / (self.high - self.low)) - 1, -1, 1).astype(np.float32, copy=False)
+    def normalise(self, array: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Values in [-1, 1], float32, in `out` if given; what lies outside `low`..`high` is clipped."""
+        scaled = np.empty(np.shape(array), np.float32) if out is None else out
+        np.copyto(scaled, array, casting="same_kind")
+        scaled -= (self.low + self.high) / 2
+        scaled /= (self.high - self.low) / 2
+        return np.clip(scaled, -1, 1, out=scaled)
 
     def restore(self, array: np.ndarray) -> np.ndarray:
         """Values in `unit`, float32: the inverse of `normalise` for all that was not clipped."""
@@ -71,7 +75,7 @@ class Intensity:
 
 
 def intensity_of(volume: Volume, kind: str, data: DataSettings) -> Intensity:
-    """The rule of that kind for this volume: bounds from the settings, or for "percentile" from its own foreground.
+    """The rule of that kind for this volume: bounds from the settings, or for MR rules from its own foreground.
 
     Raises DataError when the rule does not fit the volume's unit, or the volume holds nothing to scale by.
     """
@@ -92,31 +96,38 @@ def intensity_of(volume: Volume, kind: str, data: DataSettings) -> Intensity:
         return Intensity("window", *data.window_hu, volume.unit)
     if kind == "uint8":
         return Intensity("uint8", 0.0, 255.0, volume.unit)
-    return Intensity("percentile", 0.0, _foreground_percentile(volume, data.percentile), volume.unit)
+    values = volume.array[foreground_of(volume)]
+    if values.size == 0 or values.min() == values.max() or np.percentile(values, data.percentile) <= 0:
+        raise DataError(
+            f"{volume.path}: the foreground that the rule '{kind}' is taken from is empty, constant or not above zero; "
+            f"is this an image and not a mask? Leave it out or export it again"
+        )
+    if kind == "zscore":
+        mean, reach = values.mean(dtype=np.float64), data.zscore_limit * values.std(dtype=np.float64)
+        return Intensity("zscore", float(mean - reach), float(mean + reach), volume.unit)
+    return Intensity("percentile", 0.0, float(np.percentile(values, data.percentile)), volume.unit)
+
+
+def foreground_of(volume: Volume) -> np.ndarray:
+    """(Z, Y, X) bool: above zero where the background is exactly zero, else above Otsu's threshold."""
+    masked = np.count_nonzero(volume.array == 0) >= MASKED_SHARE * volume.array.size
+    return volume.array > (0 if masked else threshold_otsu(volume.array))
+
+
+def shown_in(volume: Volume, rule: Intensity) -> np.ndarray:
+    """(Z, Y, X) bool: what `data.min_foreground` counts, above the rule's lower bound (z-scores: the foreground)."""
+    return foreground_of(volume) if rule.kind == "zscore" else volume.array > rule.restore(np.array(-0.99))
 
 
 def reference_intensity(intensities: list[Intensity]) -> Intensity:
-    """The rule with the median upper bound of these, normally of all training targets.
+    """The rule with the median bounds of these, normally of all training targets.
 
-    It restores predictions where no target exists to take a percentile from. Raises DataError when there are none, or
-    when they are of different kinds, units or lower bounds and so have no common scale.
+    It restores predictions where no target exists to take a scale from. Raises DataError when there are none, or when
+    they are of different kinds, units or fixed lower bounds and so have no common scale.
     """
-    scales = {(rule.kind, rule.low, rule.unit) for rule in intensities}
+    scales = {(rule.kind, rule.low if rule.kind != "zscore" else "the mean", rule.unit) for rule in intensities}
     if len(scales) != 1:
-        found = ", ".join(sorted(f"{kind} from {low:g} ({unit})" for kind, low, unit in scales)) or "no target"
+        found = ", ".join(sorted(f"{kind} from {low} ({unit})" for kind, low, unit in scales)) or "no target"
         raise DataError(f"training targets: they need one common intensity rule, found {found}; audit them again")
-    first = intensities[0]
-    return Intensity(first.kind, first.low, float(median(rule.high for rule in intensities)), first.unit)
-
-
-def _foreground_percentile(volume: Volume, percentile: float) -> float:
-    """That percentile of the voxels above zero where the background is exactly zero, else above Otsu's threshold."""
-    array = volume.array
-    masked = np.count_nonzero(array == 0) >= MASKED_SHARE * array.size
-    foreground = array[array > (0 if masked else threshold_otsu(array))]
-    if foreground.size == 0 or foreground.min() == foreground.max() or np.percentile(foreground, percentile) <= 0:
-        raise DataError(
-            f"{volume.path}: the foreground that data.percentile is taken from is empty, constant or not above zero; "
-            f"is this an image and not a mask? Leave it out or export it again"
-        )
-    return float(np.percentile(foreground, percentile))
+    low, high = (float(median(bounds)) for bounds in zip(*((r.low, r.high) for r in intensities), strict=True))
+    return Intensity(intensities[0].kind, low, high, intensities[0].unit)

@@ -1,19 +1,17 @@
-"""NIfTI, MHA, NRRD and folders of PNG, in and out.
+"""NIfTI, MHA and NRRD, in and out.
 
 Files keep their voxels in any order of axes. Inside the project the array is always turned to LPS (x to the patient's
 left, y to the back, z to the head), so that slices are axial and look as in DICOM; the writer turns it back.
 """
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
+from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from seresvit.data.volume import DataError, Unit, Volume, written_whole
 
@@ -29,18 +27,19 @@ MOST_DEFLATED = 1032
 ROOM_FOR_HEADER = 2**20
 
 
-def read_image(path: Path) -> Volume:
+def read_image(path: Path, pixels: bool = True) -> Volume:
     """The 3-D image in a NIfTI (format "nifti"), MHA or NRRD (format "itk") file, turned to LPS.
 
     Slope and intercept are applied, single-element axes beyond the third dropped. Unit "HU" when the minimum is at or
     below -500, which only a CT with air reaches, "arbitrary" otherwise. `headers` holds what `write_image` needs.
+    Without `pixels` only the header is read: the array is a view of one 0, and the unit, told by values, "arbitrary".
     Raises DataError: not readable or shorter than its header says, not three axes, complex or RGB, a singular affine,
     values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; give the path of an image")
-    return _read_nifti(path) if path.name.lower().endswith(NIFTI) else _read_itk(path)
+    return _read_nifti(path, pixels) if path.name.lower().endswith(NIFTI) else _read_itk(path, pixels)
 
 
 def write_image(volume: Volume, path: Path, description: str = "") -> None:
@@ -84,9 +83,10 @@ def write_image(volume: Volume, path: Path, description: str = "") -> None:
             raise DataError(f"{path}: cannot be written ({_reason(error)}); choose another folder") from None
 
 
-def _read_nifti(path: Path) -> Volume:
+def _read_nifti(path: Path, pixels: bool) -> Volume:
     try:
-        image: Any = nib.load(path)
+        with LoggingOutputSuppressor():  # remarks on odd headers that it then mends
+            image: Any = nib.load(path)
         shape, dtype = tuple(image.shape), image.get_data_dtype()
         affine = np.asarray(image.affine, dtype=np.float64)
     except Exception as error:  # nibabel raises its own and the decompressor's errors
@@ -98,6 +98,8 @@ def _read_nifti(path: Path) -> Volume:
         raise DataError(f"{path}: an image has three axes, found {shape}; save one volume of the series to a file")
     size = path.stat().st_size
     _check_claim(path, shape, dtype.itemsize, size * (MOST_DEFLATED if path.suffix == ".gz" else 1))
+    if not pixels:
+        return _to_lps(np.broadcast_to(np.float32(0), shape[:3]), affine, path, "nifti", image.header)
     try:
         array_xyz = np.asarray(image.dataobj, dtype=np.float32).reshape(shape[:3])
     except Exception as error:
@@ -105,7 +107,7 @@ def _read_nifti(path: Path) -> Volume:
     return _to_lps(array_xyz, affine, path, "nifti", image.header)
 
 
-def _read_itk(path: Path) -> Volume:
+def _read_itk(path: Path, pixels: bool) -> Volume:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -118,17 +120,18 @@ def _read_itk(path: Path) -> Volume:
     if len(shape) != 3:
         raise DataError(f"{path}: an image has three axes, found {shape}; save one volume of the series to a file")
     _check_claim(path, shape, 1, path.stat().st_size * MOST_DEFLATED)
+    header = {
+        "size": reader.GetSize(),
+        "origin": reader.GetOrigin(),
+        "spacing": reader.GetSpacing(),
+        "direction": reader.GetDirection(),
+    }
+    if not pixels:
+        return _to_lps(np.broadcast_to(np.float32(0), shape), _itk_affine_ras(header), path, "itk", header)
     try:
-        image = reader.Execute()
+        array_xyz = sitk.GetArrayFromImage(reader.Execute()).astype(np.float32, copy=False).T
     except RuntimeError as error:
         raise DataError(f"{path}: values cannot be read ({_reason(error)}); copy the file again") from None
-    header = {
-        "size": image.GetSize(),
-        "origin": image.GetOrigin(),
-        "spacing": image.GetSpacing(),
-        "direction": image.GetDirection(),
-    }
-    array_xyz = sitk.GetArrayViewFromImage(image).astype(np.float32).T
     return _to_lps(array_xyz, _itk_affine_ras(header), path, "itk", header)
 
 
@@ -144,14 +147,16 @@ def _to_lps(
 ) -> Volume:
     if not np.isfinite(affine_ras).all() or abs(np.linalg.det(affine_ras[:3, :3])) < 1e-9:
         raise DataError(f"{path}: the affine must be invertible, found {affine_ras[:3].tolist()}; repair the header")
-    if bad := int((~np.isfinite(array_xyz)).sum()):
+    was_read = any(array_xyz.strides)
+    if was_read and (bad := int((~np.isfinite(array_xyz)).sum())):
         raise DataError(f"{path}: values must be finite, found {bad} that are not; replace them, for example by 0")
     turn = _turn_to_lps(affine_ras)
     affine = FLIP_XY @ affine_ras @ inv_ornt_aff(turn, array_xyz.shape)
-    array = np.ascontiguousarray(apply_orientation(array_xyz, turn).T)
+    turned = apply_orientation(array_xyz, turn).T
+    array = np.ascontiguousarray(turned) if was_read else turned
     normal = np.cross(affine[:3, 0], affine[:3, 1])
     normal /= np.linalg.norm(normal)
-    unit: Unit = "HU" if array.min() <= HU_BELOW else "arbitrary"
+    unit: Unit = "HU" if was_read and array.min() <= HU_BELOW else "arbitrary"
     return Volume(
         array=array,
         affine=affine,
@@ -201,84 +206,3 @@ def _reason(error: Exception) -> str:
     """The last line of a library's message, which in ITK's is the one that tells."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][-160:] if lines else type(error).__name__
-
-
-# ------------------------------------------------------------------------------------------------ PNG
-
-
-def read_png_folder(folder: Path) -> Volume:
-    """8-bit grey PNG files, one a slice, in the order of the integer at the end of each file's stem.
-
-    `positions_mm` holds these integers, since PNG has no geometry: the affine has spacing 1 in the plane. Unit "uint8",
-    `headers` the stems. Raises DataError: no PNG, no or the same number in a name, differing sizes, not 8-bit grey.
-    """
-    folder = Path(folder)
-    paths: dict[int, Path] = {}
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() == ".png" and not p.name.startswith(".")):
-        digits = re.search(r"(\d+)$", path.stem)
-        if digits is None:
-            raise DataError(f"{path}: the file name must end in the slice number, as in slice_012.png; rename it")
-        number = int(digits[1])
-        if number in paths:
-            raise DataError(f"{path}: slice number {number} twice, also in {paths[number].name}; rename one")
-        paths[number] = path
-    if not paths:
-        raise DataError(f"{folder}: no PNG file found; give the folder that holds the slices of one case")
-    numbers = sorted(paths)
-    slices = [_read_png(paths[number]) for number in numbers]
-    for number, pixels in zip(numbers, slices, strict=True):
-        if pixels.shape != slices[0].shape:
-            raise DataError(
-                f"{paths[number]}: all slices must have one size, found {pixels.shape} against {slices[0].shape} in"
-                f" {paths[numbers[0]].name}; give each case a folder of its own"
-            )
-    affine = np.eye(4)
-    affine[2, 2] = numbers[1] - numbers[0] if len(numbers) > 1 else 1
-    affine[2, 3] = numbers[0]
-    return Volume(
-        array=np.stack(slices).astype(np.float32),
-        affine=affine,
-        positions_mm=np.asarray(numbers, dtype=np.float64),
-        unit="uint8",
-        path=folder,
-        format="png",
-        headers=tuple(paths[number].stem for number in numbers),
-    )
-
-
-def write_png_folder(volume: Volume, folder: Path, description: str = "") -> None:
-    """Writes one 8-bit grey PNG a slice under the stems in `volume.headers`; values are rounded and clipped to 0..255.
-
-    `description` becomes the PNG's own text of that name; `folder` is replaced when all is written. Raises
-    DataError: stems and slices differ in number, unit not "uint8", values not finite.
-    """
-    folder = Path(folder)
-    if len(volume.headers) != len(volume.array) or volume.unit != "uint8":
-        raise DataError(
-            f"{folder}: PNG needs uint8 and a name a slice, found {volume.unit} and {len(volume.headers)} names for"
-            f" {len(volume.array)} slices; write it in the format of its source"
-        )
-    if bad := int((~np.isfinite(volume.array)).sum()):
-        raise DataError(f"{folder}: values must be finite, found {bad} that are not; nothing was written")
-    pixels = np.rint(volume.array).clip(0, 255).astype(np.uint8)
-    text = PngInfo()
-    if description:
-        text.add_itxt("Description", description)
-    with written_whole(folder) as temporary:
-        temporary.mkdir()
-        for stem, plane in zip(volume.headers, pixels, strict=True):
-            Image.fromarray(plane).save(temporary / f"{stem}.png", pnginfo=text)
-
-
-def _read_png(path: Path) -> np.ndarray:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-        if reader.GetPixelID() != sitk.sitkUInt8:
-            found = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-            raise DataError(f"{path}: PNG must be 8-bit grey, found {found}; convert it, or give the original as NIfTI")
-        _check_claim(path, reader.GetSize(), 1, path.stat().st_size * MOST_DEFLATED)
-        return sitk.GetArrayFromImage(reader.Execute())
-    except RuntimeError as error:
-        raise DataError(f"{path}: not a readable PNG ({_reason(error)}); copy the file again") from None

@@ -1,7 +1,4 @@
-"""Find each patient's images, match and split them: the manifest that everything downstream reads.
-
-Images are matched by patient and slices by position along the normal, never by sorted order.
-"""
+"""Each patient's images and split: the manifest that everything downstream reads."""
 
 import difflib
 import hashlib
@@ -9,27 +6,18 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Literal, cast, get_args
 
-import numpy as np
 import pandas as pd
 
 from seresvit.config import ConfigError
-from seresvit.data import read_volume
-from seresvit.data.volume import DataError, Volume, same_grid, written_whole
+from seresvit.data.volume import DataError, written_whole
 
 Split = Literal["train", "val", "test", "none"]
-Images = dict[str, dict[str, Path]]  # modality → patient → folder or file
 COLUMNS = ("patient", "split", "source", "target", "source_path", "target_path", "mask_path")
-LAYOUTS = ("modality/patient", "patient/modality")
-IMAGE_FILE = re.compile(r"(.+?)\.(nii|nii\.gz|mha|nrrd)", re.IGNORECASE)
-USUAL_MASKS = ("labels", "mask")
-# Two slices at one place, written by different software, differ by rounding of their decimal strings only.
-SLICE_TOLERANCE_MM = 0.01
 
 
 @dataclass(frozen=True)
@@ -48,42 +36,6 @@ class Case:
     def name(self) -> str:
         """The name of this case's folder among predictions."""
         return f"{self.patient}_{self.source}"
-
-
-def find_images(root: Path, modalities: list[str], layout: str, masks: Iterable[str]) -> tuple[str, Images]:
-    """The layout that holds every modality, and its images, masks included; raises DataError for none or both."""
-    if layout not in (*LAYOUTS, "auto"):
-        raise ConfigError(f"--layout {layout}: expected auto, {' or '.join(LAYOUTS)}")
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give the folder that holds the images")
-    asked = list(LAYOUTS) if layout == "auto" else [layout]
-    found = {one: _images(root, one, {*modalities, *masks}) for one in asked}
-    fitting = [one for one in asked if found[one].keys() >= set(modalities)]
-    if len(fitting) == 1:
-        return fitting[0], found[fitting[0]]
-    if fitting:
-        raise DataError(f"{root}: both {' and '.join(fitting)} fit what is there; say which one with --layout")
-    lacking = min(([m for m in modalities if m not in images] for images in found.values()), key=len)[0]
-    there = sorted(path.name for path in root.iterdir() if path.name[0] != ".")
-    near = difflib.get_close_matches(
-        lacking, [*there, *(path.name.partition(".")[0] for path in root.glob("*/*"))], n=1
-    )
-    remedy = (f"did you mean {near[0]}? " if near else "") + "Change --source, --target or --layout"
-    where = f"{' or '.join(asked)}, found {shorten(', '.join(there), 200) or 'nothing'}"
-    raise DataError(f"{root}: no {lacking} in the layout {where}; {remedy}")
-
-
-def _images(root: Path, layout: str, modalities: set[str]) -> Images:
-    images: Images = {}
-    for path in sorted(root.glob("*/*")):
-        image = IMAGE_FILE.fullmatch(path.name)
-        name = path.name if path.is_dir() else image[1] if image else ""
-        patient, modality = (path.parent.name, name) if layout == "patient/modality" else (name, path.parent.name)
-        if modality in modalities and patient and patient[0] != ".":
-            first = images.setdefault(modality, {}).setdefault(patient, path)
-            if first != path:
-                raise DataError(f"{path}: {patient} has a second {modality}, {first.name}; keep one of them")
-    return images
 
 
 def short_path(path: Path) -> str:
@@ -174,26 +126,6 @@ def _case(text: dict[str, str], folder: Path, where: str) -> Case:
     return Case(text["patient"], cast(Split, text["split"]), text["source"], text["target"], *paths)
 
 
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """The images of one patient, every one with the same slices in the same order.
-
-    `labels` (Z, Y, X) uint8, 0 outside; `dropped` the slices that not all have, as "folder: file at position".
-    """
-
-    case: Case
-    sources: tuple[Volume, ...]
-    target: Volume
-    labels: np.ndarray | None
-    label_names: dict[str, int]
-    dropped: list[str]
-
-    @property
-    def source(self) -> Volume:
-        """The first source: the only one, unless there are several channels."""
-        return self.sources[0]
-
-
 def load_channels(cases: list[Case], channels: tuple[str, ...]) -> list[tuple[Case, ...]]:
     """The cases read together: one a group, or with `channels` a patient's in that order; DataError if one lacks."""
     if not channels:
@@ -207,108 +139,30 @@ def load_channels(cases: list[Case], channels: tuple[str, ...]) -> list[tuple[Ca
     return groups
 
 
-def load_pair(*cases: Case) -> Pair:
-    """The source of each case and the target of the first, cut to the slices that all have.
-
-    Raises DataError when an image cannot be read, lies on another grid than the target, or shares no slice with it.
-    """
-    case, target = cases[0], read_volume(cases[0].target_path)
-    volumes = [*(read_volume(one.source_path) for one in cases), target]
-    for volume in volumes:
-        if different := same_grid(volume, target):
-            raise DataError(f"{volume.path}: {different} of {target.path}; run seresvit audit")
-    shared = _shared_slices(volumes)
-    *sources, kept_target = on_shared_slices(volumes)
-    labels, label_names = labels_of(read_volume(case.mask_path), target, shared[-1]) if case.mask_path else (None, {})
-    dropped = [f"{short_path(volume.path)}: {name}" for volume, name in unmatched_slices(volumes)]
-    return Pair(case, tuple(sources), kept_target, labels, label_names, dropped)
+def image_files(image: Path) -> list[str]:
+    """The files of an image, sorted: itself, or all in its folder and below that are not hidden."""
+    if not image.is_dir():
+        return [str(image)]
+    return sorted(os.path.join(top, name) for top, _, names in os.walk(image) for name in names if name[0] != ".")
 
 
-def matched_slices(a: Volume, b: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """Indices into `a` and, one for one, into `b` of the slices at the same position along the normal.
-
-    At most SLICE_TOLERANCE_MM apart and always less than half the smallest slice gap, so that no slice is taken twice.
-    """
-    gaps_mm = np.abs([*np.diff(a.positions_mm), *np.diff(b.positions_mm)])
-    tolerance = min([SLICE_TOLERANCE_MM, *gaps_mm / 2])
-    distance = np.abs(np.subtract.outer(a.positions_mm, b.positions_mm))
-    in_a = np.flatnonzero(distance.min(axis=1) < tolerance)
-    return in_a, distance.argmin(axis=1)[in_a]
-
-
-def on_shared_slices(volumes: list[Volume]) -> list[Volume]:
-    """The volumes cut to the slice positions that all of them have, in the order of the last one, or DataError."""
-    shared = _shared_slices(volumes)
-    if not len(shared[0]):
-        raise DataError(f"{volumes[0].path}: no slice lies where {volumes[-1].path} has one; run seresvit audit")
-    return [_at_slices(volume, index) for volume, index in zip(volumes, shared, strict=True)]
-
-
-def _shared_slices(volumes: list[Volume]) -> list[np.ndarray]:
-    """For each volume the indices of the slices that all of them have, in the order of the last one, the target."""
-    partners = np.full((len(volumes), len(volumes[-1].array)), -1)
-    for partner, volume in zip(partners, volumes, strict=True):
-        in_target, in_volume = matched_slices(volumes[-1], volume)
-        partner[in_target] = in_volume
-    return list(partners[:, (partners >= 0).all(axis=0)])
-
-
-def unmatched_slices(volumes: list[Volume]) -> list[tuple[Volume, str]]:
-    """The slices that not all volumes have, each as its volume and "file at position"."""
-    unmatched = []
-    for volume, shared in zip(volumes, _shared_slices(volumes), strict=True):
-        for k in np.setdiff1d(range(len(volume.array)), shared):
-            file = Path(getattr(volume.headers[k], "filename", "")).name if volume.format == "dicom" else ""
-            file = f"{volume.headers[k]}.png" if volume.format == "png" else file
-            unmatched.append((volume, f"{file or f'slice {k + 1}'} at {volume.positions_mm[k]:.2f} mm"))
-    return unmatched
-
-
-def _at_slices(volume: Volume, index: np.ndarray) -> Volume:
-    """The volume with only these slices; its affine begins at the first of them."""
-    positions, affine = volume.positions_mm[index], volume.affine.copy()
-    gap_mm = [*np.diff(volume.positions_mm), 1][0]
-    affine[:3, 3] += affine[:3, 2] * (positions[0] - volume.positions_mm[0]) / gap_mm
-    affine[:3, 2] *= [*np.diff(positions), gap_mm][0] / gap_mm
-    headers = tuple(volume.headers[k] for k in index) if volume.format in ("dicom", "png") else volume.headers
-    return replace(volume, array=volume.array[index], affine=affine, positions_mm=positions, headers=headers)
-
-
-def labels_of(mask: Volume, target: Volume, kept: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-    """Labels (Z, Y, X) uint8 on the target's slices `kept`, and their names: of labels.json, else "mask" for all > 0.
-
-    Raises DataError when the mask does not cover these slices on the target's grid, or has other labels than 0 to 255.
-    """
-    if different := same_grid(mask, target):
-        raise DataError(f"{mask.path}: {different} against the target; draw or resample it on the target")
-    in_target, in_mask = matched_slices(target, mask)
-    if lacking := len(set(kept.tolist()) - set(in_target.tolist())):
-        raise DataError(f"{mask.path}: {lacking} of {len(kept)} slices have no mask; draw or resample it on the target")
-    values = mask.array[in_mask[np.isin(in_target, kept)]]
-    names_path = mask.path.parent / "labels.json"
-    if not names_path.is_file():
-        return (values > 0).astype(np.uint8), {"mask": 1}
+def image_hash(image: Path) -> str:
+    """BLAKE2b in hexadecimal over the names and bytes of an image's files, wherever they lie; or DataError."""
+    total = hashlib.blake2b(digest_size=16)
     try:
-        names = json.loads(names_path.read_text(encoding="utf-8"))
-        if not all(type(value) is int and 0 < value < 256 for value in names.values()):
-            raise ValueError
-    except (OSError, ValueError, AttributeError):
-        raise DataError(f'{names_path}: expected {{"name": number from 1 to 255, ...}}; mend or remove it') from None
-    if not np.isin(values, np.arange(256)).all():
-        raise DataError(f"{mask.path}: labels must be whole numbers from 0 to 255; save the image as integers")
-    return values.astype(np.uint8), names
+        for path in image_files(image):
+            with open(path, "rb") as file:
+                total.update(os.path.basename(path).encode() + hashlib.file_digest(file, "blake2b").digest())
+    except OSError as error:
+        raise DataError(f"{image}: cannot be read ({error.strerror}); run seresvit audit again") from None
+    return total.hexdigest()
 
 
-def content_hash(cases: list[Case]) -> str:
+def content_hash(cases: list[Case], hash_of: Callable[[Path], str] = image_hash) -> str:
     """BLAKE2b in hexadecimal over every image's bytes and split, wherever they lie, in whatever order; or DataError."""
     total = hashlib.blake2b(digest_size=16)
     for case in sorted(cases, key=lambda case: case.name):
-        total.update(json.dumps([getattr(case, key) for key in COLUMNS[:4]]).encode())
-        for image in filter(None, (case.source_path, case.target_path, case.mask_path)):
-            files = sorted(p for p in image.rglob("*") if p.is_file()) if image.is_dir() else [image]
-            try:
-                for path in (p for p in files if p.name[0] != "."):
-                    total.update(path.name.encode() + hashlib.blake2b(path.read_bytes()).digest())
-            except OSError as error:
-                raise DataError(f"{image}: cannot be read ({error.strerror}); run seresvit audit again") from None
+        images = (case.source_path, case.target_path, case.mask_path)
+        hashes = [hash_of(image) for image in images if image]
+        total.update(json.dumps([*(getattr(case, key) for key in COLUMNS[:4]), *hashes]).encode())
     return total.hexdigest()

@@ -30,7 +30,7 @@ class Volume:
     `array` (Z, Y, X) float32 in `unit`; `affine` 4×4 float64 from voxel index (x, y, z) to LPS millimetres, with the
     z column from the first to the second slice; `positions_mm` (Z,) of the slices along the normal, which need not be
     evenly spaced; `headers`, what the reader kept for the writer: one pydicom Dataset without pixels a slice, or one
-    nibabel header and its like.
+    nibabel header and its like; `set_aside`, what lay there and is no image, each as "RS.dcm: RTSTRUCT".
     """
 
     array: np.ndarray
@@ -45,6 +45,7 @@ class Volume:
     energy_kev: float | None = None
     frame_of_reference: str = ""
     headers: tuple[Any, ...] = field(default=(), repr=False)
+    set_aside: tuple[str, ...] = ()
 
     @property
     def spacing_mm_zyx(self) -> tuple[float, float, float]:
@@ -55,15 +56,28 @@ class Volume:
 
 def energy_kev_in(text: str) -> float | None:
     """The one energy that a label names, such as 70.0 for 'MonoE 70keV[HU] 070keV'; None for none or several."""
-    energies = {float(number) for number in re.findall(r"(\d+(?:\.\d+)?)\s*keV", text, re.IGNORECASE)}
+    energies = {float(number) for number in re.findall(r"(\d+(?:\.\d+)?)[\s_-]*keV", text, re.IGNORECASE)}
     return energies.pop() if len(energies) == 1 else None
+
+
+def normal_of(volume: Volume) -> np.ndarray:
+    """The unit vector (3,) along which `positions_mm` are measured, at right angles to the slices."""
+    normal = np.cross(volume.affine[:3, 0], volume.affine[:3, 1])
+    return normal / np.linalg.norm(normal)
+
+
+def origins_mm(volume: Volume, positions_mm: np.ndarray) -> np.ndarray:
+    """Where the first voxel of a slice at each of these positions lies, on the line of slices: (N, 3) LPS mm."""
+    step = volume.affine[:3, 2] / (normal_of(volume) @ volume.affine[:3, 2])
+    return volume.affine[:3, 3] + np.outer(positions_mm - volume.positions_mm[0], step)
 
 
 def same_grid(a: Volume, b: Volume, tolerance_mm: float = 0.01) -> str:
     """Empty when the slices of both lie in one plane grid, else what differs, as words for a message.
 
     Compares in-plane size, spacing, orientation and in-plane origin; not the number of slices, since a missing slice is
-    matched by position. Origins are compared within the plane: the first slices may differ.
+    matched by position. Origins are compared at the first and the last slice of the shorter series, so that neither a
+    tilted gantry nor another first slice is taken for a shift.
     """
     if a.array.shape[1:] != b.array.shape[1:]:
         return f"image size {a.array.shape[1]}×{a.array.shape[2]} against {b.array.shape[1]}×{b.array.shape[2]}"
@@ -72,9 +86,12 @@ def same_grid(a: Volume, b: Volume, tolerance_mm: float = 0.01) -> str:
     axes_a, axes_b = (v.affine[:3, :2] / np.linalg.norm(v.affine[:3, :2], axis=0) for v in (a, b))
     if not np.allclose(axes_a, axes_b, atol=1e-3):
         return "orientation of rows and columns"
-    offset = axes_a.T @ (a.affine[:3, 3] - b.affine[:3, 3])
-    if np.abs(offset).max() > tolerance_mm:
-        return f"in-plane origin by {offset.round(3).tolist()} mm"
+    ends_mm = min(a.positions_mm, b.positions_mm, key=len)[[0, -1]]
+    offsets = (origins_mm(a, ends_mm) - origins_mm(b, ends_mm)) @ axes_a
+    # A line of slices is known from its first two, so that rounding in the headers grows along it.
+    followed_mm = np.abs(ends_mm - a.positions_mm[0]) + np.abs(ends_mm - b.positions_mm[0])
+    if (shifted := np.abs(offsets).max(axis=1) > tolerance_mm + 1e-3 * followed_mm).any():
+        return f"in-plane origin by {offsets[shifted.argmax()].round(3).tolist()} mm"
     if a.frame_of_reference and b.frame_of_reference and a.frame_of_reference != b.frame_of_reference:
         return "frame of reference"
     return ""

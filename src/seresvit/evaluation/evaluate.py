@@ -5,7 +5,7 @@ values. A network that does not beat them has learned no anatomy. `docs/metrics.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from rich.progress import track
 from rich.table import Table
 from scipy.optimize import isotonic_regression
 
+from seresvit.config import DataSettings
 from seresvit.data import read_volume
+from seresvit.data.geometry import resampled
 from seresvit.data.intensity import Intensity
-from seresvit.data.pairing import Case, Pair, load_pair, matched_slices, read_manifest
-from seresvit.data.volume import DataError, same_grid, written_whole
+from seresvit.data.pair import Pair, load_pair, matched_slices, only_inside
+from seresvit.data.pairing import Case, read_manifest
+from seresvit.data.volume import DataError, Volume, same_grid, written_whole
 from seresvit.evaluation.metrics import find_protocol, in_protocol_values, score, score_slices
 
 METHODS = ("synthetic", "source unchanged", "intensity curve")
@@ -157,7 +160,7 @@ def _score_prediction(
     prediction: _Prediction, protocol: str, curve: Curve | None
 ) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """For each method the rows of its slices and the row of the case. Raises DataError, naming the prediction."""
-    pair = load_pair(*prediction.cases)
+    pair, predicted = load_prediction(prediction.folder, prediction.record, prediction.cases)
     units = find_protocol(protocol).units
     if pair.target.unit not in units:
         raise DataError(
@@ -167,7 +170,7 @@ def _score_prediction(
     recorded = Intensity.from_dict(prediction.record["intensity"]) if prediction.record.get("intensity") else None
     recorded_scale = recorded.high if recorded and recorded.kind == "percentile" else None
     methods: list[tuple[str, np.ndarray, float | None]] = [
-        (METHODS[0], _on_target_slices(prediction, pair), recorded_scale)
+        (METHODS[0], _on_target_slices(predicted, prediction.folder.name, pair), recorded_scale)
     ]
     # An MR compared with a CT voxel by voxel would be a number without meaning.
     if pair.source.unit == pair.target.unit:
@@ -186,16 +189,39 @@ def _score_prediction(
     return scored
 
 
-def _on_target_slices(prediction: _Prediction, pair: Pair) -> np.ndarray:
+def load_prediction(folder: Path, record: dict[str, Any], cases: tuple[Case, ...]) -> tuple[Pair, Volume]:
+    """The images of a case and what was predicted in `folder`, on the target's grid, where every protocol scores.
+
+    They are resampled to it where the prediction's record says that the network was trained so, and else never. Raises
+    DataError when an image cannot be read or the prediction lacks a slice.
+    """
+    if record.get("mark") == "burned":
+        raise DataError(f"{folder.name} has a word burned into its pixels: predict it again without --mark burned")
+    geometry = _geometry(record)
+    pair, predicted = load_pair(*cases, data=geometry, to_score=True), read_volume(folder / record.get("path", "."))
+    if not geometry.resample:
+        return pair, predicted
+    predicted, covered = resampled(predicted, pair.target, geometry.interpolation)
+    if lacking := int((~covered.any(axis=(1, 2))).sum()):
+        raise DataError(f"{folder.name} lacks {lacking} of {len(covered)} slices of its target: predict it again")
+    # The reader may not have known the unit, and where nothing was predicted the target's background counts.
+    return pair, only_inside(replace(predicted, unit=pair.target.unit), covered)
+
+
+def _geometry(record: dict[str, Any]) -> DataSettings:
+    """What the record says of the grid that the network was trained on."""
+    return DataSettings(**{key: record[key] for key in ("resample", "interpolation") if key in record})
+
+
+def _on_target_slices(volume: Volume, name: str, pair: Pair) -> np.ndarray:
     """The predicted array (Z, Y, X) in the order of the target's slices; slices that the target lacks are left out."""
-    volume = read_volume(prediction.folder / prediction.record.get("path", "."))
     if different := same_grid(volume, pair.target):
-        raise DataError(f"{prediction.folder.name} is not on the target's grid: {different}; predict it again")
+        raise DataError(f"{name} is not on the target's grid: {different}; predict it again")
     in_target, in_prediction = matched_slices(pair.target, volume)
     missing = np.setdiff1d(np.arange(len(pair.target.array)), in_target)
     if missing.size:
         raise DataError(
-            f"{prediction.folder.name} lacks {missing.size} of {len(pair.target.array)} slices of its target "
+            f"{name} lacks {missing.size} of {len(pair.target.array)} slices of its target "
             f"(the first at {pair.target.positions_mm[missing[0]]:.2f} mm): predict it again"
         )
     return volume.array[in_prediction]
@@ -245,12 +271,12 @@ def _fit_curves(predictions: list[_Prediction], cases: list[Case], protocol: str
     curves: dict[str, Curve] = {}
     if protocol not in CURVE_PROTOCOLS:
         return curves
-    for source in dict.fromkeys(p.source for p in predictions if len(p.cases) == 1):
+    for source, record in {p.source: p.record for p in predictions if len(p.cases) == 1}.items():
         rng = np.random.default_rng(CURVE_SEED)
         training = [case for case in cases if case.split == "train" and case.source == source]
         pixels = []
         for place in rng.permutation(len(training))[:CURVE_CASES]:
-            pair = load_pair(training[place])
+            pair = load_pair(training[place], data=_geometry(record), to_score=True)
             chosen = rng.integers(pair.target.array.size, size=min(CURVE_PIXELS_A_CASE, pair.target.array.size))
             pixels.append(np.stack([pair.source.array.ravel()[chosen], pair.target.array.ravel()[chosen]]))
         if pixels:

@@ -23,8 +23,8 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from seresvit.config import ConfigError
-from seresvit.data import read_volume
-from seresvit.data.pairing import Case, Pair, load_channels, load_pair, matched_slices, on_shared_slices, read_manifest
+from seresvit.data.pair import Pair, load_pair, load_sources, matched_slices
+from seresvit.data.pairing import Case, load_channels, read_manifest
 from seresvit.data.volume import written_whole
 from seresvit.model.fusion import record_gates
 from seresvit.synthesis.predict import Predictor
@@ -102,7 +102,7 @@ def explain(
     gates: dict[str, list[np.ndarray]] = {}
     tissues: dict[str, list[pd.DataFrame | None]] = {"label images": [], "HU ranges of the target": []}
     for group in progress(groups):
-        pair = load_pair(*group)
+        pair = load_pair(*group, data=predictor.data)
         for block, gate_ZC in read_gates(predictor, group, pair).items():
             gates.setdefault(block, []).append(gate_ZC)
         identities.append(_identity(pair, "+".join(case.source for case in group)))
@@ -134,9 +134,9 @@ def explain(
 def read_gates(predictor: Predictor, cases: tuple[Case, ...], pair: Pair) -> dict[str, np.ndarray]:
     """Block → gates (Z, 2C) of the slices of `pair`, which is that of `cases`. Raises ConfigError without a gate."""
     sources, index = pair.sources, np.arange(len(pair.target.array))
-    if pair.dropped:
+    if pair.dropped and not predictor.data.resample:
         # An intensity rule by percentile sees the whole image in prediction; so it must here.
-        sources = tuple(on_shared_slices([read_volume(case.source_path) for case in cases]))
+        sources = predictor.as_trained(*load_sources(cases, predictor.data))
         index = matched_slices(pair.target, sources[0])[1]
     found: dict[str, list[np.ndarray]] = {}
     for batch_BCHW in predictor.batches(*sources):

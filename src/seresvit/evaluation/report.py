@@ -26,10 +26,10 @@ from matplotlib.image import imsave
 from matplotlib.ticker import LogLocator, NullLocator
 
 from seresvit import __version__
-from seresvit.data import read_volume
-from seresvit.data.pairing import Case, load_pair, matched_slices, read_manifest
+from seresvit.data.pair import matched_slices
+from seresvit.data.pairing import Case, read_manifest
 from seresvit.data.volume import DataError, Unit, Volume, same_grid, written_whole
-from seresvit.evaluation.evaluate import METHODS, SHARES
+from seresvit.evaluation.evaluate import METHODS, SHARES, load_prediction
 from seresvit.evaluation.gates import BRANCHES, COLOURS, STYLE, block_title
 from seresvit.evaluation.metrics import in_protocol_values
 from seresvit.model import checkpoint
@@ -237,7 +237,9 @@ def _curves(log: pd.DataFrame, unit: str) -> str:
         figure = Figure(figsize=(9.6, 2.9), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharex=True)
-        names = {"l1": "L1", "adversarial": "adversarial", "discriminator": "discriminator"}
+        names = {"l1": "L1", "adversarial": "adversarial", "discriminator": "discriminator"} | {
+            term: term.replace("_", " ") for term in ("ms_ssim", "gradient", "perceptual")
+        }
         for colour, (column, name) in zip(COLOURS, names.items(), strict=False):
             if column in log:
                 drawn = log.dropna(subset=[column])
@@ -390,8 +392,7 @@ def _panels(chosen: list[dict[str, Any]], found: list[_Prediction]) -> dict[str,
 
 def _load(prediction: _Prediction, indices: list[int]) -> list[_Images]:
     """These slices, as indices into those that source and target share. Raises DataError when they are not there."""
-    pair = load_pair(*prediction.cases)
-    synthetic = read_volume(prediction.folder / prediction.record.get("path", "."))
+    pair, synthetic = load_prediction(prediction.folder, prediction.record, prediction.cases)
     place = dict(zip(*(index.tolist() for index in matched_slices(pair.target, synthetic)), strict=True))
     if same_grid(synthetic, pair.target) or not place.keys() >= set(indices):
         raise DataError(f"{prediction.folder}: is not on the target's grid any more; predict and evaluate again")

@@ -188,6 +188,8 @@ def import_published(path: str | Path) -> Generator:
 
 def export_published(network: Generator, path: str | Path) -> None:
     """Write the generator as the published code stores it: its keys, the shared encoder under every block's prefix."""
+    if network.settings.norm != "batch":
+        raise CheckpointError(f"{path}: the published layout has batch norm, this network {network.settings.norm} norm")
     inferred = _settings_of(network.state_dict(), str(path))
     if inferred.vit.heads != network.settings.vit.heads and network.settings.transformer_blocks:
         raise CheckpointError(

@@ -7,7 +7,10 @@ from torch import nn
 
 
 class Discriminator(nn.Module):
-    """Scores, without a sigmoid, of overlapping patches of source‖target: (B, C, H, W) to (B, 1, H/8 - 2, W/8 - 2)."""
+    """Scores, without a sigmoid, of overlapping patches of source‖target: (B, C, H, W) to (B, 1, H/8 - 2, W/8 - 2).
+
+    It keeps batch norm whatever `model.norm` says: it judges in training only, and so never by running statistics.
+    """
 
     def __init__(self, in_channels: int, base_channels: int = 64, num_layers: int = 3):
         super().__init__()

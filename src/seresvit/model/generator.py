@@ -5,6 +5,7 @@ With no transformer block it is the stage-1 network.
 Names in the state dict are addresses: `art_6.upsample.0.conv.weight` is where it says.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import pairwise
@@ -29,16 +30,18 @@ class Generator(nn.Module):
         """Raises ValueError when the settings name transformer blocks but no `token_grid`."""
         super().__init__()
         self.settings = settings
-        c = settings.base_channels
-        self.stem = conv_norm_relu(settings.in_channels, c, 7, reflect=True)
-        self.encode = nn.Sequential(conv_norm_relu(c, 2 * c, stride=2), conv_norm_relu(2 * c, 4 * c, stride=2))
+        c, norm = settings.base_channels, settings.norm
+        self.stem = conv_norm_relu(norm, settings.in_channels, c, 7, reflect=True)
+        self.encode = nn.Sequential(
+            conv_norm_relu(norm, c, 2 * c, stride=2), conv_norm_relu(norm, 2 * c, 4 * c, stride=2)
+        )
         if settings.transformer_blocks:
             self.transformer = Encoder(settings.vit)
         for number in range(1, NUM_BLOCKS + 1):
             has_transformer = number in settings.transformer_blocks
-            block = TransformerArtBlock(settings) if has_transformer else ConvolutionalArtBlock(4 * c)
+            block = TransformerArtBlock(settings) if has_transformer else ConvolutionalArtBlock(norm, 4 * c)
             setattr(self, f"art_{number}", block)
-        self.decode = nn.Sequential(upsample_norm_relu(4 * c, 2 * c), upsample_norm_relu(2 * c, c))
+        self.decode = nn.Sequential(upsample_norm_relu(norm, 4 * c, 2 * c), upsample_norm_relu(norm, 2 * c, c))
         self.head = nn.Sequential(
             OrderedDict(
                 conv=nn.Conv2d(c, settings.out_channels, 7, padding=3, padding_mode="reflect"),
@@ -62,9 +65,9 @@ class Generator(nn.Module):
 class ConvolutionalArtBlock(nn.Module):
     """An ART block without a transformer: one residual block."""
 
-    def __init__(self, channels: int):
+    def __init__(self, norm: str, channels: int):
         super().__init__()
-        self.residual = residual_body(channels)
+        self.residual = residual_body(norm, channels)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Features of the same shape."""
@@ -81,15 +84,15 @@ class TransformerArtBlock(nn.Module):
         super().__init__()
         if settings.token_grid is None:
             raise ValueError("token_grid is not set: it is train.size divided by the stride between tokens")
-        c, deepest = settings.base_channels, 16 * settings.base_channels
+        c, deepest, norm = settings.base_channels, 16 * settings.base_channels, settings.norm
         down = [min(4 * c * 2**i, deepest) for i in range(settings.num_downsamples + 1)]
-        self.downsample = nn.Sequential(*(conv_norm_relu(i, o, stride=2) for i, o in pairwise(down)))
+        self.downsample = nn.Sequential(*(conv_norm_relu(norm, i, o, stride=2) for i, o in pairwise(down)))
         self.embed = PatchEmbedding(down[-1], settings.patch_size, settings.token_grid, settings.vit)
         up = upsample_widths(settings)
-        self.upsample = nn.Sequential(*(upsample_norm_relu(i, o) for i, o in pairwise(up)))
+        self.upsample = nn.Sequential(*(upsample_norm_relu(norm, i, o) for i, o in pairwise(up)))
         self.fuse = FUSIONS[settings.fusion.kind](8 * c, settings.fusion)
-        self.compress = ChannelCompression(8 * c, 4 * c)
-        self.residual = residual_body(4 * c)
+        self.compress = ChannelCompression(norm, 8 * c, 4 * c)
+        self.residual = residual_body(norm, 4 * c)
 
     def forward(self, x_BCHW: torch.Tensor, transformer: Encoder) -> torch.Tensor:
         """Features of the same shape."""
@@ -109,10 +112,12 @@ class TransformerArtBlock(nn.Module):
 class ChannelCompression(nn.Module):
     """Residual compression of the fused features to the block's own width, ReLU at the end."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, norm: str, in_channels: int, out_channels: int):
         super().__init__()
-        self.body = nn.Sequential(conv_norm_relu(in_channels, out_channels), conv_norm(out_channels, out_channels))
-        self.skip = conv_norm(in_channels, out_channels, 1)
+        self.body = nn.Sequential(
+            conv_norm_relu(norm, in_channels, out_channels), conv_norm(norm, out_channels, out_channels)
+        )
+        self.skip = conv_norm(norm, in_channels, out_channels, 1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Features (B, out_channels, H, W), not negative."""
@@ -126,33 +131,47 @@ def upsample_widths(settings: ModelSettings) -> list[int]:
     return [settings.vit.width, *[8 * c] * (stages > 1), *[4 * c] * max(stages - 1, 1)]
 
 
+def normalisation(norm: str, channels: int) -> nn.Module:
+    """What follows a convolution: "batch" as published, "instance" or "group", each with a learned scale and shift.
+
+    Batch normalisation uses the statistics of the batch in training and their running mean afterwards. The other two
+    use those of the image at hand always: of each channel alone (Ulyanov et al. 2016), or of groups of 8 channels (Wu,
+    He, ECCV 2018). Instance normalisation is groups of one, so that a map of a single pixel passes too.
+    """
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(channels if norm == "instance" else channels // math.gcd(8, channels), channels)
+
+
 def conv_norm(
-    in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, reflect: bool = False
+    norm: str, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, reflect: bool = False
 ) -> nn.Sequential:
-    """Convolution without bias (the norm has one) that keeps the size at stride 1, and batch normalisation."""
+    """Convolution without bias (the norm has one) that keeps the size at stride 1, and normalisation."""
     mode: Literal["reflect", "zeros"] = "reflect" if reflect else "zeros"
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False, padding_mode=mode)
-    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
+    return nn.Sequential(OrderedDict(conv=conv, norm=normalisation(norm, out_channels)))
 
 
 def conv_norm_relu(
-    in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, reflect: bool = False
+    norm: str, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, reflect: bool = False
 ) -> nn.Sequential:
     """`conv_norm` followed by a ReLU."""
-    layers = conv_norm(in_channels, out_channels, kernel, stride, reflect)
+    layers = conv_norm(norm, in_channels, out_channels, kernel, stride, reflect)
     layers.add_module("relu", nn.ReLU(inplace=True))
     return layers
 
 
-def upsample_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Transposed convolution that doubles the size, batch normalisation, ReLU."""
+def upsample_norm_relu(norm: str, in_channels: int, out_channels: int) -> nn.Sequential:
+    """Transposed convolution that doubles the size, normalisation, ReLU."""
     conv = nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True)))
+    return nn.Sequential(OrderedDict(conv=conv, norm=normalisation(norm, out_channels), relu=nn.ReLU(inplace=True)))
 
 
-def residual_body(channels: int) -> nn.Sequential:
+def residual_body(norm: str, channels: int) -> nn.Sequential:
     """What a residual block adds to its input."""
-    return nn.Sequential(conv_norm_relu(channels, channels, reflect=True), conv_norm(channels, channels, reflect=True))
+    return nn.Sequential(
+        conv_norm_relu(norm, channels, channels, reflect=True), conv_norm(norm, channels, channels, reflect=True)
+    )
 
 
 def pad_to_multiple(x_BCHW: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -175,7 +194,8 @@ def start_as_identity(network: Generator) -> None:
     deals its pixels out to four times as many pairs and each decoding stage gathers them again (a pixel shuffle);
     residual bodies add nothing yet (Goyal et al., 2017) and compressions pass the CNN's features on. The channels that
     are not needed for this keep their random weights. Source and target of one body share most of their detail, so that
-    a small budget goes into what differs. Not in the published code. Raises ValueError below 8 base channels.
+    a small budget goes into what differs. With instance normalisation each image comes back up to its brightness and
+    contrast, which that norm takes out. Not in the published code. Raises ValueError below 8 base channels.
     """
     if network.settings.base_channels < 8:
         raise ValueError("start_as_identity needs at least 8 base channels to hold the pixels")
@@ -220,7 +240,7 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.BatchNorm2d):
+    elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
         nn.init.normal_(module.weight, 1.0, 0.02)
     elif isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
