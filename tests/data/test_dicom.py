@@ -370,3 +370,21 @@ def test_damaged_anywhere_a_slice_is_read_or_refused(series, syntax):
             refused += 1
             assert "\n" not in str(error) and "a.dcm" in str(error)
     assert refused > 10
+
+
+def test_a_slice_in_another_unit_and_a_link_to_nowhere_are_refused_and_one_frame_is_a_slice(series):
+    folder, stored = series
+    first, second, third, *_ = sorted(folder.iterdir())
+    slice_ = pydicom.dcmread(first)
+    slice_.NumberOfFrames = 1
+    slice_.save_as(first)
+    assert len(read_series(folder).array) == len(stored)
+    slice_ = pydicom.dcmread(second)
+    slice_.RescaleType = "US"
+    slice_.save_as(second)
+    with pytest.raises(DataError, match=rf"{second.name}: RescaleType must be the same"):
+        read_series(folder)
+    third.unlink()
+    third.symlink_to(folder / "elsewhere")
+    with pytest.raises(DataError, match=rf"{third.name}: a link to a file that is not there"):
+        read_series(folder)

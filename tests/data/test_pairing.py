@@ -347,6 +347,7 @@ def test_patient_names_stay_text(mr, tmp_path):
         (lambda text: text + text.splitlines()[1] + "\n", "line 6.*P001_T1.*twice"),
         (lambda text: text.replace("\nP004", "\n../P004"), "line 5.*cannot name"),
         (lambda text: text.replace("\nP002", "\n\nP002"), "line 3.*empty"),
+        (lambda text: text.replace("train,T1,T2", "train,T2,T2", 1), "line 2.*both called 'T2'"),
     ],
 )
 def test_a_manifest_that_cannot_be_trusted_is_refused_with_its_line(mr, edit, expected):

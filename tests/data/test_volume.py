@@ -1,5 +1,7 @@
 """The grid of a volume, and files that are written whole or not at all."""
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,3 +92,19 @@ def test_a_tilted_gantry_is_one_grid_whichever_slice_is_missing():
     assert "in-plane origin" in same_grid(whole, tilted(1, 8, lean=0.21))
     assert "in-plane origin" in same_grid(whole, moved())
     assert "in-plane origin" in same_grid(whole, replace(tilted(1, 8), affine=whole.affine))
+
+
+def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    rename = os.replace
+
+    def full(source, target):
+        if target == tmp_path / "out" and Path(source).name != "replaced":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(DataError, match="nothing was changed"), written_whole(tmp_path / "out") as temporary:
+        temporary.mkdir()
+    assert (tmp_path / "out" / "old").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

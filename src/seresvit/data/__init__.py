@@ -25,7 +25,11 @@ def read_volume(path: Path, pixels: bool = True) -> Volume:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; give a folder of DICOM or PNG, or a .nii, .mha or .nrrd file")
     if path.is_dir():
-        has_pictures = any(p.suffix.lower() in PICTURES and not p.name.startswith(".") for p in path.iterdir())
+        try:
+            names = [p.name for p in path.iterdir()]
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        has_pictures = any(Path(name).suffix.lower() in PICTURES and name[0] != "." for name in names)
         return read_pictures(path, pixels) if has_pictures else read_series(path, pixels)
     if path.name.lower().endswith(NIFTI + ITK):
         return read_image(path, pixels)

@@ -285,7 +285,9 @@ def anonymized(result: Audit) -> Audit:
     pseudonyms = {name: f"patient-{number:04d}" for number, name in enumerate(names, 1)}
     # A short name may also be a number or a word: it is meant only as a part of a path.
     patterns = [
-        escaped if len(escaped := re.escape(name)) > SHORT_NAME else rf"(?<=/){escaped}(?![\w-])|^{escaped}(?=/|$)"
+        re.escape(name)
+        if len(name) > SHORT_NAME
+        else rf"(?<=/){re.escape(name)}(?![\w-])|(?<![\w./-]){re.escape(name)}(?=/)|^{re.escape(name)}$"
         for name in sorted(names, key=len, reverse=True)
     ]
     known = re.compile("|".join(patterns))

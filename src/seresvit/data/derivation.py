@@ -82,11 +82,11 @@ class Derivation:
         return hashlib.sha256(self.stored.data).hexdigest()
 
     def uid_of(self, source_uid: str) -> str:
-        """The UID of what was derived from the object of that UID: the same for the same content, and for no other.
+        """The UID of what was derived from the object of that UID: the same when it is derived again.
 
-        An archive takes two objects of one UID for one object. So all that an object depends on is in its UID: the
-        source, the checkpoint, the version, the mark, and the values, whose last digit may differ between devices. And
-        nothing is in the object that differs between runs, such as the time.
+        An archive takes two objects of one UID for one object. So what a synthetic object depends on is in its UID:
+        the source's UID, the checkpoint, the version, the mark, and the values, whose last digit may differ between
+        devices. And nothing is in the object that differs between runs, such as the time.
         """
         made_by = (self.checkpoint_sha256, __version__, self.label, self.energy_kev, self.mark)
         values = (self._stored_sha256, self.slope, self.intercept)

@@ -137,8 +137,10 @@ def _files(folder: Path) -> Iterator[list[File]]:
             yield [zipfile.Path(archive, member.filename) for member in members]
         return
     try:
-        inside = folder.iterdir() if folder.is_dir() else [folder]
-        paths = sorted(path for path in inside if path.is_file() and not path.name.startswith("."))
+        inside = [path for path in (folder.iterdir() if folder.is_dir() else [folder]) if path.name[0] != "."]
+        if lost := [path for path in inside if not path.exists()]:
+            raise DataError(f"{lost[0]}: a link to a file that is not there; fetch the file, or remove the link")
+        paths = sorted(path for path in inside if path.is_file())
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
     yield list(paths)
@@ -241,7 +243,7 @@ def _split_frames(path: File, header: Dataset) -> list[Frame]:
     """One Frame for a classic object; for an enhanced one, a header a frame with its functional groups laid flat."""
     if header.file_meta.TransferSyntaxUID in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
         header.LossyImageCompression = "01"
-    if "NumberOfFrames" not in header:
+    if int(header.get("NumberOfFrames") or 1) == 1 and "PerFrameFunctionalGroupsSequence" not in header:
         return [Frame(path, 0, header)]
     groups = header.get("PerFrameFunctionalGroupsSequence") or []
     if len(groups) != int(header.NumberOfFrames or 1):
@@ -280,6 +282,12 @@ def _check_one_series(folder: Path, frames: list[Frame]) -> None:
         raise DataError(
             f"{folder}: a folder holds one series, found {len(named)}, for example in {', '.join(named[:4])};"
             " move each into a folder of its own"
+        )
+    if other := next((frame for frame in frames if _unit(frame.header) != _unit(first.header)), None):
+        found, expected = (text_of(f.header, "RescaleType") or "none" for f in (other, first))
+        raise DataError(
+            f"{other.path}: RescaleType must be the same in all slices, found {found} against {expected} in"
+            f" {first.path.name}; move each into a folder of its own"
         )
     for frame, keyword in product(frames, SAME_IN_SERIES):
         if not _alike(frame, first, keyword):

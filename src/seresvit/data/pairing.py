@@ -116,8 +116,10 @@ def _case(text: dict[str, str], folder: Path, where: str) -> Case:
     if empty := [column for column in COLUMNS[:-1] if not text[column]]:
         raise DataError(f"{where}: {empty[0]} is empty; fill it in")
     # Together they name an output folder, which must not lead elsewhere.
-    if unsafe := [text[c] for c in ("patient", "source") if re.search(r"[/\\]|^\.+$", text[c])]:
+    if unsafe := [text[c] for c in ("patient", "source", "target") if re.search(r"[/\\]|^\.+$", text[c])]:
         raise DataError(f"{where}: '{unsafe[0]}' cannot name a folder; leave out / and \\")
+    if text["source"] == text["target"]:
+        raise DataError(f"{where}: source and target are both called '{text['target']}'; name them apart")
     if text["split"] not in get_args(Split):
         raise DataError(f"{where}: split '{text['split']}'; expected one of {', '.join(get_args(Split))}")
     paths = [Path(os.path.normpath(folder / text[column])) for column in COLUMNS[4:] if text[column]]

@@ -117,7 +117,12 @@ def written_whole(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         if path.is_dir():
             os.replace(path, folder / "replaced")
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except BaseException:  # also Ctrl-C: what stood there comes back
+            if (folder / "replaced").exists():
+                os.replace(folder / "replaced", path)
+            raise
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None
     finally:

@@ -210,7 +210,13 @@ def load_prediction(folder: Path, record: dict[str, Any], cases: tuple[Case, ...
 
 def _geometry(record: dict[str, Any]) -> DataSettings:
     """What the record says of the grid that the network was trained on."""
-    return DataSettings(**{key: record[key] for key in ("resample", "interpolation") if key in record})
+    try:
+        return DataSettings(**{key: record[key] for key in ("resample", "interpolation") if key in record})
+    except ValueError:
+        raise DataError(
+            f"{record.get('patient')} {record.get('source')}: its prediction.json holds no usable resample and "
+            "interpolation; predict it again"
+        ) from None
 
 
 def _on_target_slices(volume: Volume, name: str, pair: Pair) -> np.ndarray:

@@ -132,7 +132,8 @@ class Predictor:
         """One line for each thing in which the sources differ from what the network was trained on; usually none.
 
         Looks at the energy, where the source and the names of the training sources state one, at the pixel spacing,
-        where the checkpoint records it and nothing is resampled to it (more than a quarter off), and at the background.
+        where the checkpoint records it and nothing is resampled to it (more than a quarter off), at the background,
+        and at files that could not be read as DICOM.
         """
         found = []
         trained_kev = [kev for kev in map(energy_kev_in, self.header.get("sources", [])) if kev is not None]
@@ -148,6 +149,8 @@ class Predictor:
                 found.append(f"{volume.path}: pixels of {spacing}; the network was trained on {trained}")
             if self.data.mask_background and (volume.array == BACKGROUND[volume.unit]).mean() < MASKED_SHARE:
                 found.append(f"{volume.path}: shows its background; the network was trained on masked images")
+            if unread := sum(file.endswith("not DICOM") for file in volume.set_aside):
+                found.append(f"{volume.path}: {unread} files are not DICOM and were left out; see that none is a slice")
         return found
 
     def batches(self, *sources: Volume) -> Iterator[torch.Tensor]:
@@ -239,8 +242,9 @@ def predict_manifest(
                 raise DataError(f"{folder}: another case of this study has that name; give it a source name of its own")
             _predict_into(predictor, volumes, folder, patient=patient, source=source, mark=mark, anonymize=anonymize)
             written.add(folder)
-        except DataError as error:
-            failures.append(Failure(f"{group[0].patient}_{source}", str(error)))
+        except (DataError, MemoryError) as error:
+            reason = str(error) if isinstance(error, DataError) else "more than fits into memory"
+            failures.append(Failure(f"{group[0].patient}_{source}", reason))
     return failures
 
 
@@ -284,7 +288,7 @@ def _predict_into(
             "mark": mark,
             "anonymized": anonymize,
             "num_slices": len(synthetic.array),
-            "doubts": [doubt.split(": ", 1)[1] for doubt in predictor.doubts(*sources)],
+            "doubts": [doubt.removeprefix(f"{v.path}: ") for v in sources for doubt in predictor.doubts(v)],
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
             "elapsed_s": round(elapsed_s, 3),
             "device": str(predictor.device),
