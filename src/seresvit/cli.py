@@ -162,12 +162,14 @@ def train(
     from seresvit.training import train as training
     from seresvit.training.processes import Stopped
     from seresvit.training.rehearsal import rehearse
+    from seresvit.training.stage import check_starting_points
 
     is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that speaks
     say_once = say if is_first else lambda _: None
     if dry_run:
         say_once(rehearse(settings, manifest, run_dir))
         return
+    check_starting_points(settings)
     if is_first:
         prepare(manifest, settings.data, bar("preparing"))
     try:

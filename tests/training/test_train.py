@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -234,6 +235,31 @@ def test_a_truncated_checkpoint_is_detected_and_the_one_before_it_used(finished,
     training.train(config, manifest, tmp_path / "run")
     said = capsys.readouterr().out
     assert "model.safetensors has 1,000 of" in said and "the checkpoint before it" in said
+    assert_same_end(folder, tmp_path / "run")
+
+
+def test_no_whole_checkpoint_is_an_error_every_time_and_nothing_is_touched(finished, manifest, tmp_path):
+    config, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    seals = [tmp_path / "run" / "checkpoints" / name / "files.json" for name in ("last", "previous")]
+    for seal in seals:
+        seal.unlink()
+    for _ in range(2):
+        with pytest.raises(DataError, match="no whole one before it"):
+            training.train(config, manifest, tmp_path / "run")
+    assert all((seal.parent / "model.safetensors").is_file() for seal in seals)
+
+
+def test_a_signal_at_the_very_end_leaves_the_last_validation_to_the_next_call(finished, manifest, tmp_path):
+    config, folder = finished
+
+    def stop(*seen):
+        if seen[:2] == (2, 12):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        training.train(config, manifest, tmp_path / "run", stop)
+    training.train(config, manifest, tmp_path / "run")
     assert_same_end(folder, tmp_path / "run")
 
 

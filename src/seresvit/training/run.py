@@ -99,21 +99,22 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, str]:
     """The newest checkpoint of which nothing is missing or changed, None where none was written; and what to say of it.
 
     A damaged `last` is set aside as `damaged`, so that it never takes the place of a whole one. Also removes what a
-    killed process was writing. Raises DataError when there are checkpoints and none is whole.
+    killed process was writing. Raises DataError, touching nothing, when there are checkpoints and none is whole.
     """
-    folder, said = run_dir / "checkpoints", ""
+    folder, faults = run_dir / "checkpoints", list[str]()
     for unfinished in folder.glob(".writing-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
     for candidate in (folder / "last", folder / "previous"):
         fault = _fault(candidate) if candidate.is_dir() else "missing"
         if not fault:
-            return candidate, said and f"{said}; going on from the checkpoint before it"
+            if faults:
+                shutil.rmtree(folder / "damaged", ignore_errors=True)
+                os.replace(folder / "last", folder / "damaged")
+            return candidate, "; ".join([*faults, "going on from the checkpoint before it"]) if faults else ""
         if candidate.is_dir():
-            said = said or f"{candidate}: {fault}"
-            shutil.rmtree(folder / "damaged", ignore_errors=True)
-            os.replace(candidate, folder / "damaged")
-    if said:
-        raise DataError(f"{said}, and there is no whole one before it; restore a copy or start in a new --run-dir")
+            faults.append(f"{candidate}: {fault}")
+    if faults:
+        raise DataError(f"{faults[0]}, and there is no whole one before it; restore a copy or start in a new --run-dir")
     return None, ""
 
 

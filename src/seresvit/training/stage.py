@@ -141,6 +141,12 @@ def position(last: Path | None) -> tuple[int, int]:
     return saved.get("stage", 0), saved.get("images", 0)
 
 
+def is_validated(last: Path | None) -> bool:
+    """Whether a checkpoint's network was validated as it is there."""
+    saved = read_state(last)
+    return not saved or saved["validated_at"] >= saved["images"]
+
+
 def stage_network(config: Config, number: int) -> Generator:
     """The generator of a stage, freshly initialised: without transformers in stage 1."""
     blocks = config.model.transformer_blocks if number == 2 else ()

@@ -5,6 +5,7 @@ is on disk is the truth: stage 2 starts from the last checkpoint of stage 1, and
 last one of either.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from seresvit.training.stage import (
     Stage,
     check_starting_points,
     draw_from,
+    is_validated,
     position,
     rate_factor,
     start_stage,
@@ -84,7 +86,11 @@ def train(config: Config, manifest: Path, run_dir: Path, progress: Progress = la
     if fault:
         fabric.print(fault)
     reached = position(last)
-    left = [number for number in (1, 2) if images_of(config, number) and (number, images_of(config, number)) > reached]
+    ends = [(number, images_of(config, number)) for number in (1, 2) if images_of(config, number)]
+    # A stage that was stopped between its last step and its last validation still has the latter before it.
+    left = [
+        number for number, end in ends if (number, end) > reached or (number == reached[0] and not is_validated(last))
+    ]
     if not left:
         fabric.print(f"{run_dir}: this run is finished; nothing was changed")
         return run_dir / "checkpoints" / "best" / MODEL
@@ -135,16 +141,20 @@ def fit(run: Run, stage: Stage, progress: Progress) -> None:
     note = ""
     train_mode(stage)
     while True:
-        stopping = summed(run.fabric, len(run.signals)) != [0]
-        if not stopping and stage.validated_at < stage.images and _due(run, stage, config.validate_every_images):
+        stopping = told_to_stop(run)
+        validating = stage.validated_at < stage.images and _due(run, stage, config.validate_every_images)
+        if validating and not stopping:
             validate(run, stage)
-        if saved_at < stage.images and (stopping or _due(run, stage, config.save_every_images)):
+            stopping = told_to_stop(run)
+        # The last validation of a resumed stage is news, too.
+        if (saved_at < stage.images or (validating and stage.images >= total)) and (
+            stopping or _due(run, stage, config.save_every_images)
+        ):
             save(run, stage)
             saved_at = stage.images
         if stopping:
-            raise Stopped(
-                f"{run.folder}: stopped after {stage.images:,} images of stage {stage.number}", run.signals[0]
-            )
+            told = run.signals[0] if run.signals else signal.SIGTERM  # perhaps another process was
+            raise Stopped(f"{run.folder}: stopped after {stage.images:,} images of stage {stage.number}", told)
         if stage.images >= total:
             return
 
@@ -156,6 +166,11 @@ def fit(run: Run, stage: Stage, progress: Progress) -> None:
             note = log_steps(run, stage, since_log, (stage.images - started_at) / (time.monotonic() - started_s))
             since_log = []
         progress(stage.number, min(stage.images, total), total, f"{note}best val MAE {stage.best_mae:.1f}")
+
+
+def told_to_stop(run: Run) -> bool:
+    """Whether any process was sent a signal; all of them agree."""
+    return summed(run.fabric, len(run.signals)) != [0]
 
 
 def load(run: Run, stage: Stage) -> Iterator[Batch]:
@@ -201,11 +216,16 @@ def step(run: Run, stage: Stage, source: torch.Tensor, target: torch.Tensor) -> 
     stage.discriminator.requires_grad_(False)
     terms, synthetic = generator_gradient(run, stage, parts)
     stage.discriminator.requires_grad_(True)
-    good = updated(stage.generator, stage.optimizer, config.clip_norm)
-    if good and stage.settings.adversarial_weight:
+    steps: list[tuple[torch.nn.Module, torch.optim.Optimizer]] = [(stage.generator, stage.optimizer)]
+    if stage.settings.adversarial_weight:
         terms["discriminator"] = discriminator_gradient(run, stage, parts, synthetic)
-        good = updated(stage.discriminator, stage.discriminator_optimizer, config.clip_norm)
-    if good:
+        steps.append((stage.discriminator, stage.discriminator_optimizer))
+    norms = [gradient_norm(network) for network, _ in steps]
+    if all(torch.isfinite(norm) for norm in norms):
+        for (network, optimizer), norm in zip(steps, norms, strict=True):
+            if config.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.clip_norm, norm)
+            optimizer.step()
         stage.bad_steps_in_a_row = 0
         if stage.average:
             stage.average.update_parameters(stage.generator.module)
@@ -259,16 +279,9 @@ def _infectious(loss: torch.Tensor) -> torch.Tensor:
     return loss * torch.where(torch.isfinite(loss), 1.0, torch.nan)
 
 
-def updated(network: torch.nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float) -> bool:
-    """Whether the gradient is finite; if so the optimizer has stepped by it, shortened to `clip_norm` (0: as it is)."""
-    parameters = [parameter for parameter in network.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if not torch.isfinite(norm):
-        return False
-    if clip_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-    optimizer.step()
-    return True
+def gradient_norm(network: torch.nn.Module) -> torch.Tensor:
+    """The Euclidean norm of the gradient; not finite when any part of it is not."""
+    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
 def set_learning_rate(stage: Stage) -> None:
