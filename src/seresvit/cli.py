@@ -158,23 +158,18 @@ def train(
     from seresvit.config import load_config
 
     settings = load_config(config, overrides or [])
-    from seresvit.data.prepared import prepare
     from seresvit.training import train as training
     from seresvit.training.processes import Stopped
     from seresvit.training.rehearsal import rehearse
-    from seresvit.training.stage import check_starting_points
 
     is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that speaks
     say_once = say if is_first else lambda _: None
     if dry_run:
         say_once(rehearse(settings, manifest, run_dir))
         return
-    check_starting_points(settings)
-    if is_first:
-        prepare(manifest, settings.data, bar("preparing"))
     try:
         with training_bar(visible=is_first) as progress:
-            best = training.train(settings, manifest, run_dir, progress)
+            best = training.train(settings, manifest, run_dir, progress, bar("preparing") if is_first else iter)
     except Stopped as stopped:
         say_once(f"{stopped}; the same command goes on from there")
         raise typer.Exit(130 if stopped.signal == signal.SIGINT else 0) from None
@@ -347,23 +342,27 @@ def training_bar(visible: bool = True) -> Any:
     @contextmanager
     def bars() -> Any:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-        with Progress(
+        shown = Progress(
             *columns,
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
             disable=not visible,
-        ) as shown:
-            tasks: dict[int, Any] = {}
+        )
+        tasks: dict[int, Any] = {}
 
-            def progress(stage: int, images: int, total: int, note: str) -> None:
-                if stage not in tasks:
-                    tasks[stage] = shown.add_task(f"stage {stage}", total=total, completed=images, rate="", note="")
-                speed = shown.tasks[tasks[stage]].speed
-                rate = f"{speed:.1f} images/s" if speed else ""
-                shown.update(tasks[stage], completed=images, note=note, rate=rate)
+        def progress(stage: int, images: int, total: int, note: str) -> None:
+            shown.start()  # not before: the bar of what is prepared comes first, and one is live at a time
+            if stage not in tasks:
+                tasks[stage] = shown.add_task(f"stage {stage}", total=total, completed=images, rate="", note="")
+            speed = shown.tasks[tasks[stage]].speed
+            rate = f"{speed:.1f} images/s" if speed else ""
+            shown.update(tasks[stage], completed=images, note=note, rate=rate)
 
+        try:
             yield progress
+        finally:
+            shown.stop()
 
     return bars()
 

@@ -57,6 +57,22 @@ def series(tmp_path):
 
 
 @pytest.fixture
+def damaged():
+    """Copies of a file's bytes with three random ones hit, every other time in the header, where each counts."""
+
+    def copies(whole, count, header_bytes):
+        random = np.random.default_rng(0)
+        for number in range(count):
+            raw = bytearray(whole)
+            end = min(len(raw), header_bytes) if number % 2 else len(raw)
+            for at in random.integers(0, end, 3):
+                raw[at] = random.integers(256)
+            yield raw
+
+    return copies
+
+
+@pytest.fixture
 def write_case():
     """Writes an array (Z, Y, X) as the NIfTI image of a patient and modality below a root, voxels 1 × 1 × 2 mm."""
 

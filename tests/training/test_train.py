@@ -21,7 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from seresvit.config import ConfigError, load_config, shipped_config
 from seresvit.data import read_volume
-from seresvit.data.dataset import TrainingSlices, prepare, read_slice
+from seresvit.data.dataset import TrainingSlices
+from seresvit.data.prepared import prepare, read_slice
 from seresvit.data.volume import DataError
 from seresvit.model import checkpoint
 from seresvit.synthesis.predict import Predictor

@@ -13,10 +13,7 @@ from torch.utils.data import Dataset
 
 from seresvit.config import DataSettings
 from seresvit.data.augmentation import Record, apply, draw
-from seresvit.data.prepared import Prepared, slices_of
-from seresvit.data.prepared import PreparedCase as PreparedCase
-from seresvit.data.prepared import prepare as prepare
-from seresvit.data.prepared import read_slice as read_slice
+from seresvit.data.prepared import Prepared, PreparedCase, read_slice, slices_of
 from seresvit.data.volume import DataError
 
 

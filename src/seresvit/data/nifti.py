@@ -13,7 +13,7 @@ import SimpleITK as sitk  # noqa: N813
 from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from seresvit.data.volume import DataError, Unit, Volume, written_whole
+from seresvit.data.volume import MOST_DEFLATED, DataError, Unit, Volume, check_claim, written_whole
 
 NIFTI = (".nii", ".nii.gz")
 ITK = (".mha", ".nrrd")
@@ -22,9 +22,6 @@ ITK = (".mha", ".nrrd")
 FLIP_XY = np.diag([-1.0, -1.0, 1.0, 1.0])
 # These formats do not name a unit. Only air in HU reaches so far below zero; MR and label values do not.
 HU_BELOW = -500.0
-# Deflate cannot compress more than 1032 times (RFC 1951: 258 bytes in 2 bits).
-MOST_DEFLATED = 1032
-ROOM_FOR_HEADER = 2**20
 
 
 def read_image(path: Path, pixels: bool = True) -> Volume:
@@ -97,7 +94,7 @@ def _read_nifti(path: Path, pixels: bool) -> Volume:
     if len(shape) < 3 or any(n != 1 for n in shape[3:]):
         raise DataError(f"{path}: an image has three axes, found {shape}; save one volume of the series to a file")
     size = path.stat().st_size
-    _check_claim(path, shape, dtype.itemsize, size * (MOST_DEFLATED if path.suffix == ".gz" else 1))
+    check_claim(path, shape, dtype.itemsize, size * (MOST_DEFLATED if path.suffix == ".gz" else 1))
     if not pixels:
         return _to_lps(np.broadcast_to(np.float32(0), shape[:3]), affine, path, "nifti", image.header)
     try:
@@ -119,7 +116,7 @@ def _read_itk(path: Path, pixels: bool) -> Volume:
         raise DataError(f"{path}: values must be plain numbers, found several components; save one grey component")
     if len(shape) != 3:
         raise DataError(f"{path}: an image has three axes, found {shape}; save one volume of the series to a file")
-    _check_claim(path, shape, 1, path.stat().st_size * MOST_DEFLATED)
+    check_claim(path, shape, 1, path.stat().st_size * MOST_DEFLATED)
     header = {
         "size": reader.GetSize(),
         "origin": reader.GetOrigin(),
@@ -193,13 +190,6 @@ def _storable(volume: Volume, path: Path) -> np.ndarray:
     if rounded.min() < -32768 or rounded.max() > 32767:
         raise DataError(f"{path}: HU must fit int16, found {rounded.min():g} to {rounded.max():g}; nothing was written")
     return rounded.astype(np.int16)
-
-
-def _check_claim(path: Path, shape: tuple[int, ...], itemsize: int, most: int) -> None:
-    """Refuses before anything is allocated for it what the file cannot hold."""
-    claimed = itemsize * int(np.prod([int(n) for n in shape], dtype=object))
-    if claimed <= 0 or claimed > most + ROOM_FOR_HEADER:
-        raise DataError(f"{path}: {shape} voxels need {claimed} bytes, more than the file can hold; copy it again")
 
 
 def _reason(error: Exception) -> str:

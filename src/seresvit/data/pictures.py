@@ -13,16 +13,13 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from seresvit.data.volume import DataError, Unit, Volume, written_whole
+from seresvit.data.volume import MOST_DEFLATED, DataError, Unit, Volume, check_claim, written_whole
 
 TIFF = (".tif", ".tiff")
 PICTURES = (".png", *TIFF)
 # Pillow's names for 8 and 16 bits of grey; a big-endian TIFF has one of its own.
 GREY: dict[str, Unit] = {"L": "uint8", "I;16": "arbitrary", "I;16B": "arbitrary"}
 BITS: dict[Unit, int] = {"uint8": 8, "arbitrary": 16}
-# Deflate cannot compress more than 1032 times (RFC 1951: 258 bytes in 2 bits).
-MOST_DEFLATED = 1032
-ROOM_FOR_HEADER = 2**20
 PHOTOMETRIC, IMAGE_DESCRIPTION = 262, 270  # TIFF 6.0, section 8
 WHITE_IS_ZERO = 0
 
@@ -154,9 +151,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=["PNG", "TIFF"]) as picture:
             # Two bytes a pixel is what the largest grey picture has; colours have three of one byte.
-            claimed, size = 2 * getattr(picture, "n_frames", 1) * picture.height * picture.width, path.stat().st_size
-            if claimed > size * MOST_DEFLATED + ROOM_FOR_HEADER:
-                raise DataError(f"{path}: {picture.size} pixels need {claimed} bytes, found {size}; copy it again")
+            shape = (getattr(picture, "n_frames", 1), picture.height, picture.width)
+            check_claim(path, shape, 2, path.stat().st_size * MOST_DEFLATED)
             yield picture
     except DataError:
         raise

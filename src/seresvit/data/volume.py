@@ -19,6 +19,11 @@ import numpy as np
 Unit = Literal["HU", "arbitrary", "uint8"]
 
 
+# Deflate cannot compress more than 1032 times (RFC 1951: 258 bytes in 2 bits).
+MOST_DEFLATED = 1032
+ROOM_FOR_HEADER = 2**20
+
+
 class DataError(ValueError):
     """Input that cannot be used as it is: the message is one line and names the file, what was found, what to do."""
 
@@ -95,6 +100,16 @@ def same_grid(a: Volume, b: Volume, tolerance_mm: float = 0.01) -> str:
     if a.frame_of_reference and b.frame_of_reference and a.frame_of_reference != b.frame_of_reference:
         return "frame of reference"
     return ""
+
+
+def check_claim(path: Path, shape: tuple[int, ...], itemsize: int, most: int) -> None:
+    """Refuses a file that cannot hold what it claims, before memory is taken for it.
+
+    `most` is the largest number of bytes that its own can unpack to. Raises DataError.
+    """
+    claimed = itemsize * int(np.prod([int(n) for n in shape], dtype=object))
+    if claimed <= 0 or claimed > most + ROOM_FOR_HEADER:
+        raise DataError(f"{path}: {shape} voxels need {claimed} bytes, more than the file can hold; copy it again")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from seresvit.config import Config, to_yaml
-from seresvit.data.dataset import slices_of
+from seresvit.data.prepared import slices_of
 from seresvit.data.volume import written_whole
 from seresvit.training.processes import peak_memory_mib, precision_of, start_processes
 from seresvit.training.run import pictured

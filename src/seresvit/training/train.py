@@ -7,7 +7,7 @@ last one of either.
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from lightning_fabric import Fabric
 from torch.utils.data import DataLoader
 
 from seresvit.config import Config, ConfigError
-from seresvit.data.dataset import Prepared, PreparedCase, TrainingSlices, prepare, read_slice, slices_of
+from seresvit.data.dataset import TrainingSlices
 from seresvit.data.intensity import Intensity, reference_intensity
+from seresvit.data.prepared import Group, Prepared, PreparedCase, prepare, read_slice, slices_of
 from seresvit.data.volume import DataError, written_whole
 from seresvit.model import checkpoint
 from seresvit.training import losses
@@ -69,16 +70,22 @@ class Run:
     signals: list[int] = field(default_factory=list)
 
 
-def train(config: Config, manifest: Path, run_dir: Path, progress: Progress = lambda *_: None) -> Path:
+def train(
+    config: Config,
+    manifest: Path,
+    run_dir: Path,
+    progress: Progress = lambda *_: None,
+    preparing: Callable[[list[Group]], Iterable[Group]] = iter,
+) -> Path:
     """The best checkpoint's path after training both stages; goes on where an earlier call with these settings stopped.
 
-    Under torchrun, all its processes train together. What is written stands in `training/run.py`. Raises ConfigError
-    when the folder holds a run of other settings, DataError for unusable data, a diverged loss or a full disk, and
-    Stopped after SIGTERM or SIGINT.
+    `preparing` wraps the cases that must be prepared before. Under torchrun, all its processes train together. What is
+    written stands in `training/run.py`. Raises ConfigError when the folder holds a run of other settings, DataError for
+    unusable data, a diverged loss or a full disk, and Stopped after SIGTERM or SIGINT.
     """
     fabric = start_processes(config)
     with fabric.rank_zero_first():  # the first prepares the store and finds what is wrong, the others then only read
-        run = open_run(config, manifest, run_dir, fabric)
+        run = open_run(config, manifest, run_dir, fabric, preparing)
         if fabric.is_global_zero and not run_folder.is_begun(run_dir, config, run.store.data_hash):
             facts = {**machine(fabric), "precision": precision_of(config), **_counts(run.store)}
             run_folder.begin(run_dir, config, facts)
@@ -107,15 +114,21 @@ def train(config: Config, manifest: Path, run_dir: Path, progress: Progress = la
     return run_dir / "checkpoints" / "best" / MODEL
 
 
-def open_run(config: Config, manifest: Path, run_dir: Path, fabric: Fabric) -> Run:
+def open_run(
+    config: Config,
+    manifest: Path,
+    run_dir: Path,
+    fabric: Fabric,
+    preparing: Callable[[list[Group]], Iterable[Group]] = iter,
+) -> Run:
     """The run that the settings and the images make, nothing written yet but the store. Raises as `train` does."""
     if not any(images_of(config, number) for number in (1, 2)):
         raise ConfigError("train.stage1.num_images and train.stage2.num_images are both 0: nothing to train")
-    store = prepare(manifest, config.data)
+    check_starting_points(config)
+    store = prepare(manifest, config.data, preparing)
     for split in ("train", "val"):
         if not slices_of(store, split):
             raise DataError(f"{manifest}: no case in the {split} split; audit again with more patients or --{split}")
-    check_starting_points(config)
     run_folder.is_begun(run_dir, config, store.data_hash)
     target_intensity = reference_intensity(store.target_intensities("train"))
     spacings_mm_yx = [case.spacing_mm_zyx[1:] for case in store.cases if case.split == "train"]
