@@ -1,8 +1,5 @@
 """The whole path on simulated patients, through the commands: what each leaves for the next, and for a person."""
 
-import subprocess
-import sys
-
 import pandas as pd
 import pytest
 
@@ -18,26 +15,26 @@ SMALL = [
 ]
 
 
-def seresvit(*words):
-    finished = subprocess.run([sys.executable, "-m", "seresvit", *map(str, words)], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, seresvit):
     """Everything from simulated DICOM to the report, with the shipped tiny config made smaller still."""
     out = tmp_path_factory.mktemp("workflow")
+
+    def done(*words):
+        finished = seresvit(*words)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
     manifest, run, best = out / "manifest.csv", out / "run", out / "run/checkpoints/best/model.safetensors"
-    seresvit("simulate", out / "dicom", "--patients", 5, "--slices", 4, "--size", 40, "--kev", "70,110,115")
+    done("simulate", out / "dicom", "--patients", 5, "--slices", 4, "--size", 40, "--kev", "70,110,115")
     words = ["--source", "110keV,115keV", "--target", "70keV", "--out", manifest]
-    seresvit("audit", out / "dicom", *words, "--val", "P003", "--test", "P004,P005")
+    done("audit", out / "dicom", *words, "--val", "P003", "--test", "P004,P005", "--workers", 1)
     settings = [word for setting in SMALL for word in ("--set", setting)]
-    seresvit("train", shipped_config("tiny.yaml"), "--manifest", manifest, "--run-dir", run, *settings)
-    seresvit("predict", best, manifest, out / "predictions")
+    done("train", shipped_config("tiny.yaml"), "--manifest", manifest, "--run-dir", run, *settings)
+    done("predict", best, manifest, out / "predictions")
     words = ["--manifest", manifest, "--protocol", "dect", "--out", out / "evaluation"]
-    (out / "table.txt").write_text(seresvit("evaluate", out / "predictions", *words))
-    seresvit("explain", best, "--manifest", manifest, "--out", out / "evaluation")
+    (out / "table.txt").write_text(done("evaluate", out / "predictions", *words))
+    done("explain", best, "--manifest", manifest, "--out", out / "evaluation")
     return out
 
 
