@@ -20,7 +20,7 @@ def test_order_defaults_file_overrides(tmp_path):
     [
         ("train.stage2.num_imges=1", "did you mean train.stage2.num_images?"),
         ("model.fusoin.kind=se", "did you mean model.fusion?"),
-        ("model.fusion.kind=sse", "'se' or 'concat'"),
+        ("model.fusion.kind=sse", "'attention-gate' or 'spatial-se'"),
         ("train.batch_size=0", "train.batch_size: .* greater than 0"),
         ("data.window_hu=[5, 1]", "lower bound must be below"),
         ("model.vit.heads=7", "multiple of heads"),

@@ -3,17 +3,17 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "record_gates"]
+__all__ = ["__version__", "altered_gates", "load", "record_gates"]
 
 
 def __getattr__(name: str) -> Any:
-    """`seresvit.load` and `seresvit.record_gates` import torch on first use, so that `--help` need not."""
+    """What of the package needs torch is imported on first use, so that `--help` need not."""
     if name == "load":
         from seresvit.model.checkpoint import load
 
         return load
-    if name == "record_gates":
-        from seresvit.model.fusion import record_gates
+    if name in ("altered_gates", "record_gates"):
+        from seresvit.model import fusion
 
-        return record_gates
+        return getattr(fusion, name)
     raise AttributeError(f"module 'seresvit' has no attribute {name!r}")

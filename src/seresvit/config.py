@@ -46,6 +46,11 @@ def _named_or_spaced(resample: Any) -> Any:
     return tuple(map(float, spacing_mm))
 
 
+def _named_by_text(weights: Any) -> Any:
+    """YAML reads a label's number as one, and takes it for another key than its text."""
+    return {str(name): weight for name, weight in weights.items()} if isinstance(weights, dict) else weights
+
+
 # The grid of all images of a patient; see `DataSettings.resample`.
 Resample = Annotated[Literal["", "target", "source"] | tuple[float, ...], BeforeValidator(_named_or_spaced)]
 
@@ -117,7 +122,10 @@ class DataSettings(Settings):
 class FusionSettings(Settings):
     """How a transformer block joins its two branches (`model/fusion.py`)."""
 
-    kind: Literal["se", "concat"] = "se"
+    kind: Literal[
+        "concat", "se", "se-frozen", "scse", "cbam", "eca", "gct", "sk", "aff", "attention-gate", "spatial-se"
+    ] = "se"
+    # What the width of a bottleneck is divided by; eca and gct have none.
     reduction: Positive = 16
 
 
@@ -191,6 +199,9 @@ class StageSettings(Settings):
     perceptual_file: str = ""
     # Tissues that count more than others in L1; where ranges overlap, the first one holds.
     tissue_weights: tuple[TissueWeight, ...] = ()
+    # Labels of the manifest's mask that count more than other pixels in L1, by name (of labels.json; without it "mask"
+    # is all that is marked) or number.
+    mask_weights: Annotated[dict[str, Rate], BeforeValidator(_named_by_text)] = {}
 
     @model_validator(mode="after")
     def _terms_can_be_computed(self) -> "StageSettings":
@@ -225,7 +236,8 @@ class TrainSettings(Settings):
     compile: bool = False
     # Draw every source, and within it every patient, equally often, however many slices they have.
     balance: bool = False
-    # The share of slices that are drawn in proportion to the foreground that they show.
+    # The share of slices that are drawn in proportion to the foreground that they show, and of crops (where `size` is
+    # smaller than the image) whose centre lies on foreground.
     foreground_bias: Annotated[float, Field(ge=0, le=1)] = 0.0
     save_every_images: Positive = 10_000
     validate_every_images: Positive = 10_000

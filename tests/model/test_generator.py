@@ -13,7 +13,7 @@ from torch import nn
 import seresvit
 from seresvit.config import FusionSettings, ModelSettings, VitSettings
 from seresvit.model import checkpoint
-from seresvit.model.fusion import record_gates
+from seresvit.model.fusion import altered_gates, record_gates
 from seresvit.model.generator import Generator, normalisation, pad_to_multiple, start_as_identity, upsample_widths
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -155,27 +155,6 @@ def test_every_parameter_gets_a_gradient():
     assert all(parameter.grad.abs().sum() > 0 for name, parameter in network.named_parameters() if "fuse.gate" in name)
 
 
-def test_record_gates_leaves_no_hook_even_after_an_error():
-    network = Generator(TINY).eval()
-    with pytest.raises(RuntimeError, match="stop"), record_gates(network) as gates:
-        network(torch.rand(3, 1, 32, 32))
-        raise RuntimeError("stop")
-    assert {block: tuple(gate.shape) for block, gate in gates.items()} == {"art_1": (3, 32), "art_6": (3, 32)}
-    assert not any(module._forward_hooks for module in network.modules())
-    with record_gates(network) as second:
-        pass
-    network(torch.rand(3, 1, 32, 32))
-    assert second == {}
-
-
-def test_gates_scale_channels_of_each_image_alone():
-    torch.manual_seed(1)
-    fuse = Generator(TINY).art_1.fuse
-    x = torch.randn(2, 32, 4, 4)
-    gate = torch.sigmoid(fuse.gate.expand.weight @ torch.relu(fuse.gate.reduce.weight @ x.mean((2, 3)).T)).T
-    torch.testing.assert_close(fuse(x), x * gate[:, :, None, None])
-
-
 def test_eval_is_deterministic_and_train_is_not():
     network = Generator(TINY.model_copy(update={"vit": TINY.vit.model_copy(update={"dropout": 0.5})}))
     x = torch.rand(2, 1, 32, 32)
@@ -187,7 +166,7 @@ def test_eval_is_deterministic_and_train_is_not():
 
 def test_load_is_reachable_from_the_package():
     assert seresvit.load is checkpoint.load
-    assert seresvit.record_gates is record_gates
+    assert seresvit.record_gates is record_gates and seresvit.altered_gates is altered_gates
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
@@ -212,6 +191,17 @@ def test_identity_start_returns_the_source(norm):
         assert likeness(network) > 0.975 > before
     with pytest.raises(ValueError, match="8 base channels"):
         start_as_identity(Generator(TINY))
+
+
+def test_identity_start_of_neighbouring_slices_returns_the_middle_one():
+    """Two sources of three slices each: all but the middle ones are another image, which must not show."""
+    torch.manual_seed(0)
+    tiny = {"base_channels": 8, "token_grid": (4, 4), "transformer_blocks": (), "in_channels": 6}
+    network = Generator(ModelSettings(**tiny)).eval()
+    start_as_identity(network, context_slices=1)
+    wanted, other = 0.9 * torch.sin(torch.arange(4096).reshape(64, 64) / 40), torch.randn(64, 64)
+    synthetic = network(torch.stack([other, wanted, other, -other, wanted, other])[None])[0, 0].detach()
+    assert np.corrcoef(synthetic.flatten(), wanted.flatten())[0, 1] > 0.97
 
 
 def test_norms_are_those_of_torch():

@@ -190,6 +190,9 @@ def export_published(network: Generator, path: str | Path) -> None:
     """Write the generator as the published code stores it: its keys, the shared encoder under every block's prefix."""
     if network.settings.norm != "batch":
         raise CheckpointError(f"{path}: the published layout has batch norm, this network {network.settings.norm} norm")
+    fusion = network.settings.fusion.kind
+    if fusion not in ("se", "concat") and network.settings.transformer_blocks:
+        raise CheckpointError(f"{path}: the published layout has se and concat only, this fusion is {fusion}")
     inferred = _settings_of(network.state_dict(), str(path))
     if inferred.vit.heads != network.settings.vit.heads and network.settings.transformer_blocks:
         raise CheckpointError(
@@ -203,7 +206,7 @@ def export_published(network: Generator, path: str | Path) -> None:
     for key, tensor in network.state_dict().items():
         name = _renamed(key, to_published=True)
         if name is None:
-            raise CheckpointError(f"{path}: {key} has no place in the published layout; only se and concat networks do")
+            raise CheckpointError(f"{path}: {key} has no place in the published layout")
         state[name] = tensor
         for block in network.settings.transformer_blocks:
             if name.startswith("transformer_encoder."):
@@ -367,4 +370,4 @@ def convert(source: Path, out: Path, data: DataSettings) -> None:
     elif source.suffix == ".safetensors" and out.suffix in (".pth", ".pt"):
         export_published(load(source), out)
     else:
-        raise ConfigError(f"{source} → {out}: give .pth → .safetensors or .safetensors → .pth")
+        raise ConfigError(f"{source} → {out}: give .pth → .safetensors, or .safetensors → .pth, .onnx or .xml")

@@ -8,6 +8,7 @@ Names in the state dict are addresses: `art_6.upsample.0.conv.weight` is where i
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ class Generator(nn.Module):
                 tanh=nn.Tanh(),
             )
         )
-        self.apply(_initialise)
+        _initialise(self)
 
     def forward(self, source_BCHW: torch.Tensor) -> torch.Tensor:
         """The synthetic target (B, C_out, H, W), values in (-1, 1)."""
@@ -90,7 +91,8 @@ class TransformerArtBlock(nn.Module):
         self.embed = PatchEmbedding(down[-1], settings.patch_size, settings.token_grid, settings.vit)
         up = upsample_widths(settings)
         self.upsample = nn.Sequential(*(upsample_norm_relu(norm, i, o) for i, o in pairwise(up)))
-        self.fuse = FUSIONS[settings.fusion.kind](8 * c, settings.fusion)
+        with _draws_of_its_own():
+            self.fuse = FUSIONS[settings.fusion.kind](8 * c, settings.fusion)
         self.compress = ChannelCompression(norm, 8 * c, 4 * c)
         self.residual = residual_body(norm, 4 * c)
 
@@ -175,21 +177,26 @@ def residual_body(norm: str, channels: int) -> nn.Sequential:
 
 
 def pad_to_multiple(x_BCHW: torch.Tensor, multiple: int) -> torch.Tensor:
-    """The images reflected at their lower and right edge up to a multiple of `multiple`, as often as that takes."""
+    """The images reflected at their lower and right edge up to a multiple of `multiple`, as often as that takes.
+
+    A traced graph, where a size is no number yet, always holds the padding, and takes images of 2 pixels and more.
+    """
+    tracing = torch.jit.is_tracing()
     for axis in (-2, -1):
         size = x_BCHW.shape[axis]
-        padded = -(-size // multiple) * multiple
-        if padded != size:
-            period = max(2 * (size - 1), 1)
+        padded = (size + multiple - 1) // multiple * multiple
+        if tracing or padded != size:
+            period = 2 * (size - 1) if tracing else max(2 * (size - 1), 1)
             index = torch.arange(padded, device=x_BCHW.device) % period
             x_BCHW = x_BCHW.index_select(axis, torch.where(index < size, index, period - index))
     return x_BCHW
 
 
 @torch.no_grad()
-def start_as_identity(network: Generator) -> None:
-    """Set the first weights so that the untrained network roughly returns its source (the mean of its channels).
+def start_as_identity(network: Generator, context_slices: int = 0) -> None:
+    """Set the first weights so that the untrained network roughly returns its source (the mean of several sources).
 
+    With `context_slices` (see `DataSettings`) it is the middle slice of each source, without its neighbours.
     Stem and head pass the image on as a pair of channels of opposite sign, which ReLUs cannot cut; each encoding stage
     deals its pixels out to four times as many pairs and each decoding stage gathers them again (a pixel shuffle);
     residual bodies add nothing yet (Goyal et al., 2017) and compressions pass the CNN's features on. The channels that
@@ -201,7 +208,8 @@ def start_as_identity(network: Generator) -> None:
         raise ValueError("start_as_identity needs at least 8 base channels to hold the pixels")
     weight = network.state_dict()  # shares its memory with the parameters
     weight["stem.conv.weight"][:2] = 0
-    weight["stem.conv.weight"][0, :, 3, 3] = 1 / network.settings.in_channels
+    slices = 2 * context_slices + 1
+    weight["stem.conv.weight"][0, context_slices::slices, 3, 3] = slices / network.settings.in_channels
     weight["stem.conv.weight"][1] = -weight["stem.conv.weight"][0]
     for stage, pairs in ((0, 1), (1, 4)):
         encode, decode = weight[f"encode.{stage}.conv.weight"], weight[f"decode.{1 - stage}.conv.weight"]
@@ -234,15 +242,33 @@ def _pixel_shuffle(pairs: int) -> Iterator[tuple[int, int, int, int]]:
                 yield pair, 4 * pair + 2 * row + column, row, column
 
 
-def _initialise(module: nn.Module) -> None:
-    """N(0, 0.02) for convolutions and N(1, 0.02) for norm scales, as published; Xavier for linear layers."""
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
-        nn.init.normal_(module.weight, 1.0, 0.02)
-    elif isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+@contextmanager
+def _draws_of_its_own() -> Iterator[None]:
+    """What is drawn inside comes from a stream of its own, so that all that is drawn later does not depend on it.
+
+    Networks of one seed thus differ in their fusion alone, whatever it draws.
+    """
+    seed = int(torch.randint(2**62, (), device="cpu"))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _initialise(network: Generator) -> None:
+    """N(0, 0.02) for convolutions and N(1, 0.02) for norm scales, as published; Xavier for linear layers.
+
+    Fusions have set their own weights.
+    """
+    for name, module in network.named_modules():
+        if ".fuse." in name:
+            continue
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

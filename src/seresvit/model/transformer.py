@@ -32,7 +32,8 @@ class PatchEmbedding(nn.Module):
         return self.dropout(tokens_BDHW.flatten(2).transpose(1, 2) + position_ND)
 
     def _position_for(self, grid: torch.Size) -> torch.Tensor:
-        if tuple(grid) == self.grid:
+        # A traced graph, where a size is no number yet, always resizes: the learned grid to itself, exactly.
+        if not torch.jit.is_tracing() and tuple(grid) == self.grid:
             return self.position
         position_DHW = self.position.transpose(1, 2).unflatten(2, self.grid)
         resized_DHW = F.interpolate(position_DHW, size=tuple(grid), mode="bicubic", align_corners=False)
