@@ -4,11 +4,12 @@ All loaders run in one process on the same images, in turns, in random order, wi
 fills one array of 8 images again and again, so that no allocation or collation is measured. The DICOM loaders do what
 published code does: pydicom reads source and target of every image, rescales to HU, clips at the window, scales to
 [-1, 1]. One has the usual expression `pixel_array * slope + intercept`, which computes in float64, the other is tuned
-to float32. Their values are compared with the store's before anything is timed. With --stored nothing is scaled: the
-stored values are read on one side and decoded on the other, without the arithmetic that both need.
+to float32; a third stops at `pixel_array`, so that no arithmetic is left in it. The values of the first two are
+compared with the store's before anything is timed. DICOM may hold other folders of pairs, SOURCE/PATIENT and
+TARGET/PATIENT with the same slices in both.
 
     seresvit simulate DICOM --patients 3 --slices 8 --size 512 --kev 70,110
-    python benchmarks/data_speed.py DICOM [--rounds 15] [--syntax native|rle|jpeg2000] [--stored]
+    python benchmarks/data_speed.py DICOM [--rounds 15] [--syntax native|rle|jpeg2000] [--pair 110keV,70keV]
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pydicom import dcmread, uid
 
 from seresvit.config import DataSettings
 from seresvit.data.pairing import Case, write_manifest
-from seresvit.data.prepared import prepare, read_pair, slices_of, stored_planes
+from seresvit.data.prepared import prepare, read_pair, slices_of
 
 BATCH = 8
 SYNTAXES = {"native": uid.ExplicitVRLittleEndian, "rle": uid.RLELossless, "jpeg2000": uid.JPEG2000Lossless}
@@ -74,11 +75,12 @@ def main() -> None:
     parser.add_argument("dicom", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--syntax", choices=SYNTAXES, default="native")
-    parser.add_argument("--stored", action="store_true", help="stored values only, nothing scaled")
+    parser.add_argument("--pair", default="110keV,70keV", help="the folders of source and target")
     asked = parser.parse_args()
-    source, target = asked.dicom / "110keV", asked.dicom / "70keV"
+    modalities = asked.pair.split(",")
+    source, target = (asked.dicom / modality for modality in modalities)
     names = sorted(path.name for path in source.iterdir())
-    cases = [Case(name, "train", "110keV", "70keV", source / name, target / name) for name in names]
+    cases = [Case(name, "train", *modalities, source / name, target / name) for name in names]
     write_manifest(cases, asked.dicom / "speed.csv")
     store = prepare(asked.dicom / "speed.csv", SETTINGS)
     slices = slices_of(store, "train")
@@ -93,16 +95,15 @@ def main() -> None:
             "prepared store": (lambda pair, image: read_pair(store, *slices[image], pair), 256),
             "DICOM each time, float64": (lambda pair, image: from_dicom(pair, image, np.float64), 32),
             "DICOM each time, float32": (lambda pair, image: from_dicom(pair, image, np.float32), 32),
+            "DICOM each time, `pixel_array` alone": (
+                lambda _, image: [dcmread(file).pixel_array for file in files[image]],
+                32,
+            ),
         }
-        if asked.stored:
-            loaders = {
-                "prepared store": (lambda _, image: list(stored_planes(store, *slices[image])), 256),
-                "DICOM each time": (lambda _, image: [dcmread(file).pixel_array for file in files[image]], 32),
-            }
         size, rng = store.cases[0].shape[1:], np.random.default_rng(0)
-        batch = np.zeros((len(loaders), BATCH, 2, *size), np.float32)
+        batch = np.zeros((3, BATCH, 2, *size), np.float32)
         for image in range(len(files)):
-            for pairs, (fill, _) in zip(batch, loaders.values(), strict=True):
+            for pairs, (fill, _) in zip(batch, loaders.values(), strict=False):
                 fill(pairs[0], image)
             np.testing.assert_allclose(batch[1:, 0], batch[:-1, 0], atol=1e-6)
         rates = [

@@ -11,12 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
 from seresvit.config import DataSettings
 from seresvit.data import prepared
-from seresvit.data.prepared import prepare, read_slice
+from seresvit.data.prepared import prepare, read_labels, read_slice
 from seresvit.data.volume import DataError
 
 CT = DataSettings(window_hu=(-1000, 1000), flip=False)
@@ -61,18 +62,39 @@ def many(tmp_path, manifest, write_case):
     return manifest
 
 
-def test_store_holds_the_values_in_their_own_unit(manifest):
+def test_store_holds_the_values_as_the_network_sees_them(manifest):
     store = prepare(manifest, CT)
     case = store.cases[0]
     stored = np.load(store.folder / case.source_files[0], mmap_mode="r")
-    assert stored.dtype == np.int16 and isinstance(stored, np.memmap)
+    assert stored.dtype == np.float32 and isinstance(stored, np.memmap)
     assert np.load(store.folder / case.target_file).dtype == np.float32
+    image = nibabel.load(manifest.parent / "p1" / "high.nii.gz").get_fdata().transpose(2, 1, 0)
+    image = image[:, ::-1, ::-1]  # NIfTI counts to the right and front
     for index in range(4):
         source, target = read_slice(store, case, index)
         assert source.shape == target.shape == (1, 10, 12)
-        np.testing.assert_allclose(source[0], stored[index] / 1000, atol=1e-6)
+        np.testing.assert_array_equal(source[0], stored[index])
+        np.testing.assert_allclose(source[0], image[index] / 1000, atol=1e-6)
         np.testing.assert_allclose(target, source / 2 - 0.5, atol=1e-6)
     assert case.spacing_mm_zyx == [2.0, 1.0, 1.0]
+
+
+def test_masks_are_stored_where_they_are_asked_for(manifest, write_case):
+    labels = np.random.default_rng(4).integers(0, 3, (4, 10, 12)).astype(np.uint8)
+    write_case(manifest.parent, "p1", "mask", labels)
+    (manifest.parent / "p1" / "labels.json").write_text('{"bone": 1, "tumour": 2}')
+    without = prepare(manifest, CT)
+    manifest.write_text(manifest.read_text().replace("p1/low.nii.gz,", "p1/low.nii.gz,p1/mask.nii.gz"))
+    again, store = prepare(manifest, CT), prepare(manifest, CT, masks=True)
+    assert again.folder == without.folder != store.folder and not list(again.folder.glob("*mask*"))
+    case, other = store.cases[:2]
+    assert case.label_names == {"bone": 1, "tumour": 2} and (other.label_names, other.mask_file) == ({}, "")
+    np.testing.assert_array_equal([read_labels(store, case, z) for z in range(4)], labels[:, ::-1, ::-1])
+    assert not read_labels(store, other, 0).any() and read_labels(store, other, 0).shape == (10, 12)
+    os.truncate(store.folder / case.mask_file, case.num_bytes[-1] - 1)
+    with pytest.raises(DataError, match=r"-mask\.npy: shorter than it was written"):
+        read_labels(store, case, 3)
+    np.testing.assert_array_equal(read_labels(prepare(manifest, CT, masks=True), case, 3), labels[3, ::-1, ::-1])
 
 
 def test_channels_are_stacked_in_the_order_of_the_settings(manifest, write_case):
@@ -147,7 +169,7 @@ def test_every_setting_but_those_of_augmentation_has_a_folder_of_its_own(manifes
     # A setting that is not known to be of augmentation counts.
     assert {*acting_later, "augment", "context_slices"} == prepared.NOT_STORED <= set(DataSettings.model_fields)
     for name in set(DataSettings.model_fields) - prepared.NOT_STORED:
-        assert prepared._fingerprint(CT.model_copy(update={name: "another"})) != first.folder.name
+        assert prepared._fingerprint(CT.model_copy(update={name: "another"}), False) != first.folder.name
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "no record", "empty record", "half a record"])
@@ -176,6 +198,9 @@ def test_a_file_cut_short_in_use_is_an_error_not_a_wrong_slice(manifest):
     read_slice(store, store.cases[0], 2)
     with pytest.raises(DataError, match=r"low\.npy: shorter than it was written"):
         read_slice(store, store.cases[0], 3)
+    target.unlink()
+    with pytest.raises(DataError, match=r"low\.npy: cannot be read"):
+        read_slice(store, store.cases[0], 2)
 
 
 def test_an_image_that_changes_while_it_is_read_is_refused(manifest, monkeypatch):

@@ -18,6 +18,7 @@ from seresvit.training.losses import (
     generator_losses,
     gradient_difference,
     ms_ssim,
+    pixel_weights,
     tissue_weights,
     total,
 )
@@ -141,6 +142,10 @@ def test_tissue_weights_follow_the_hu_of_the_target():
     even = generator_losses(settings, synthetic, target, weights_BCHW=torch.ones_like(target))["l1"]
     assert plain.item() == even.item() == pytest.approx(0.2)
     assert tissue_weights(stage(l1_weight=1), target, intensity) is None
+    mask_weights = torch.tensor([2.0, 1.0, 1.0, 5.0, 1.0]).reshape(1, 1, 1, 5)
+    assert pixel_weights(settings, target, intensity, mask_weights).flatten().tolist() == [2, 1, 3, 20, 4]
+    assert pixel_weights(stage(l1_weight=1), target, intensity, mask_weights) is mask_weights
+    assert pixel_weights(stage(l1_weight=1), target, intensity) is None
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from seresvit.model import checkpoint
 from seresvit.synthesis.predict import Predictor
 from seresvit.training import run as run_folder
 from seresvit.training import train as training
-from seresvit.training.processes import Stopped
+from seresvit.training.processes import Stopped, start_processes
 from seresvit.training.stage import stage_network, take_weights
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -449,3 +449,25 @@ def test_balance_shows_sources_and_patients_equally_often_and_bias_the_foregroun
     cases = [case("90keV", "P1", 2, 0.1), case("110keV", "P1", 10, 0.1), case("110keV", "P2", 40, 0.3)]
     assert shown(balance=True) == pytest.approx([0.5, 0.25, 0.25], abs=0.01)
     assert shown(foreground_bias=1.0) == pytest.approx([0.2 / 13.2, 1 / 13.2, 12 / 13.2], abs=0.01)
+
+
+def test_a_mask_weighs_in_l1_as_the_same_tissue_does(manifest, tmp_path, micro):
+    """The target is its own mask: what is marked, above 0, is a range of HU."""
+    rows = [f"{row}{row.split(',')[5]}" for row in manifest.read_text().splitlines()[1:]]
+    masked = manifest.with_name("masked.csv")
+    masked.write_text("\n".join([manifest.read_text().splitlines()[0], *rows]) + "\n")
+
+    def l1(weights):
+        short = ["data.max_rotation_deg=0", f"train.stage1={{num_images: 2, l1_weight: 1, {weights}}}"]
+        config = load_config(None, [*micro, *short])
+        fabric = start_processes(config)
+        run = training.open_run(config, masked, tmp_path / "none", fabric)
+        stage = training.start_stage(fabric, config, 1, None)
+        training.train_mode(stage)
+        return training.step(run, stage, *next(training.load(run, stage)))["l1"].item()
+
+    by_mask, by_number = l1("mask_weights: {mask: 3}"), l1("mask_weights: {1: 3}")
+    assert by_mask == by_number == pytest.approx(l1("tissue_weights: [{hu: [0.5, 4000], weight: 3}]"))
+    assert by_mask > 1.01 * l1("")
+    with pytest.raises(ConfigError, match="has a label tumour, found mask"):
+        l1("mask_weights: {tumour: 3}")

@@ -7,16 +7,11 @@ Cases are found, loaded and checked one by one on all cores, compared with one a
 import hashlib
 import json
 import re
-import signal
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -29,6 +24,7 @@ from seresvit.data.layouts import ALIGNED, SPLITS, USUAL_MASKS, find
 from seresvit.data.pair import matched_slices, unmatched_slices
 from seresvit.data.pairing import COLUMNS, Case, short_path, split_patients, without, write_manifest
 from seresvit.data.volume import DataError, Volume, written_whole
+from seresvit.data.workers import mapping
 
 # Patients' names up to this length are pseudonymised in paths only.
 SHORT_NAME = 3
@@ -133,7 +129,9 @@ def audit(
     settings |= {"val": val, "test": test, "exclude": exclude, "val_share": val_share, "test_share": test_share}
     settings |= {"window_hu": data.window_hu, "resample": data.resample, "pixels": pixels}
     check = partial(check_case, mask_name=mask or "", data=data, pixels=pixels)
-    checked = list(_each(check, cases, workers, progress))
+    died = "a worker died, perhaps for lack of memory; audit again with fewer --workers"
+    with mapping(min(workers, len(cases)), __name__, died) as mapped:
+        checked: list[Checked] = [one for _, one in zip(progress(cases), mapped(check, cases), strict=True)]
     across_faults, across_warnings = _across(checked)
     # A target that belongs to several sources is checked with each: what is wrong with it is said once.
     return Audit(
@@ -144,42 +142,6 @@ def audit(
         [one.geometry for one in checked if one.geometry],
         {one.case.name: one.picture for one in checked if one.picture},
     )
-
-
-def _each(
-    check: Callable[[Case], Checked],
-    cases: list[Case],
-    workers: int,
-    progress: Callable[[list[Case]], Iterable[Case]],
-) -> Iterator[Checked]:
-    """Every case checked, in order. Raises DataError when a worker dies, as for lack of memory."""
-    if min(workers, len(cases)) <= 1:
-        yield from map(check, progress(cases))
-        return
-    # Not forked: libraries that hold threads may hang in a copy of this process.
-    pool = ProcessPoolExecutor(min(workers, len(cases)), get_context("spawn"))
-    try:
-        with _interrupts_ignored():
-            results = pool.map(check, cases)
-        for _, checked in zip(progress(cases), results, strict=True):
-            yield checked
-    except BrokenProcessPool:
-        raise DataError("a worker died, perhaps for lack of memory; audit again with fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes that start here ignore Ctrl-C from their first moment: it is for this one to end them."""
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def check_case(case: Case, mask_name: str, data: DataSettings, pixels: bool) -> Checked:

@@ -27,12 +27,22 @@ BLUR_PIXELS, SHIFT_HU, NOISE_HU = 1.0, 15.0, 30.0
 NO_SIGNAL = -0.999
 # Orders of the bias field's polynomial along rows and along columns add up to this at most.
 BIAS_ORDER = 3
+# A target above this is foreground: the lower bound of its rule, and a little more for rounding.
+LOWER_BOUND = -0.99
 
 
-def draw(data: DataSettings, shape: tuple[int, int], size: tuple[int, int], rng: np.random.Generator) -> Record:
+def draw(
+    data: DataSettings,
+    shape: tuple[int, int],
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    foreground_bias: float = 0.0,
+) -> Record:
     """What happens to an image of `shape` (H, W) that training wants at `size`; without augmentation the crop alone.
 
-    `shift` is in half-image units, `corner` the crop's first row and column, `source` what changes the source.
+    `shift` is in half-image units, `corner` the crop's first row and column, `source` what changes the source. With
+    `foreground_bias` that share of the crops has a number `on_foreground` in [0, 1), which chooses among the corners
+    that put the crop's centre on the target's foreground; `corner` then holds where there is none.
     """
     record: Record = {
         "rotation_deg": rng.uniform(-1, 1) * data.max_rotation_deg,
@@ -48,6 +58,8 @@ def draw(data: DataSettings, shape: tuple[int, int], size: tuple[int, int], rng:
         changes = _draw_mr(rng, augment.strength) if augment.kind == "mr" else _draw_ct(rng, augment.strength, data)
         chosen = rng.random(len(changes)) < augment.probability
         record["source"] = {name: change for (name, change), keep in zip(changes.items(), chosen, strict=True) if keep}
+    if foreground_bias and (size[0] < shape[0] or size[1] < shape[1]) and rng.random() < foreground_bias:
+        record["on_foreground"] = rng.random()
     return record
 
 
@@ -76,44 +88,71 @@ def _draw_ct(rng: np.random.Generator, strength: float, data: DataSettings) -> R
     }
 
 
-def apply(record: Record, pair_CHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def apply(record: Record, pair_CHW: np.ndarray, labels_HW: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     """Source (C, H, W) and target (1, H, W) at the record's size, float32 in [-1, 1]; always the same for a record.
 
-    `pair_CHW` is the whole slice as it is stored: the source's channels, then the target, float32 in [-1, 1].
+    `pair_CHW` is the whole slice as it is stored: the source's channels, then the target, float32 in [-1, 1]. With
+    `labels_HW`, uint8, labels (1, H, W) that went the same way, the nearest taken, are the third.
     """
-    pair_CHW = moved(pair_CHW, record)
-    source_CHW, target_CHW = pair_CHW[:-1], pair_CHW[-1:]
+    moved_CHW = moved(pair_CHW, record)
+    corner = _corner(record, moved_CHW[-1])
+    cropped_CHW = _cropped(moved_CHW, corner, record["size"])
+    source_CHW, target_CHW = cropped_CHW[:-1], cropped_CHW[-1:]
     for name, change in _CHANGES.items():
         if name in record["source"]:
             source_CHW = change(source_CHW, record["source"][name])
-    return np.clip(source_CHW, -1, 1).astype(np.float32), target_CHW
+    source_CHW = np.clip(source_CHW, -1, 1).astype(np.float32)
+    if labels_HW is None:
+        return source_CHW, target_CHW
+    labels_1HW = moved(labels_HW[None].astype(np.float32), record, "nearest").astype(np.uint8)
+    return source_CHW, target_CHW, _cropped(labels_1HW, corner, record["size"])
 
 
-def moved(pair_CHW: np.ndarray, record: Record) -> np.ndarray:
-    """All channels turned, shifted, scaled, flipped and cropped (or padded by reflection) alike."""
+def moved(images_CHW: np.ndarray, record: Record, mode: str = "bilinear") -> np.ndarray:
+    """All channels turned, shifted, scaled, flipped and, where smaller than the crop, padded by reflection alike."""
     angle, shift, scale = np.deg2rad(record["rotation_deg"]), record["shift"], record["scale"]
     if angle or any(shift) or scale != 1:
-        pair_CHW = _transformed(pair_CHW, angle, shift, scale)
+        images_CHW = _transformed(images_CHW, angle, shift, scale, mode)
     if record["flip"]:
-        pair_CHW = pair_CHW[..., ::-1]
-    (top, left), (height, width) = record["corner"], record["size"]
-    lacking = [max(height - pair_CHW.shape[-2], 0), max(width - pair_CHW.shape[-1], 0)]
+        images_CHW = images_CHW[..., ::-1]
+    lacking = [max(want - have, 0) for want, have in zip(record["size"], images_CHW.shape[-2:], strict=True)]
     if any(lacking):
-        pair_CHW = np.pad(pair_CHW, [(0, 0), *((n // 2, n - n // 2) for n in lacking)], mode="reflect")
-    return np.ascontiguousarray(pair_CHW[:, top : top + height, left : left + width])
+        images_CHW = np.pad(images_CHW, [(0, 0), *((n // 2, n - n // 2) for n in lacking)], mode="reflect")
+    return images_CHW
 
 
-def _transformed(pair_CHW: np.ndarray, angle_rad: float, shift: list[float], scale: float) -> np.ndarray:
-    """Turned and scaled about the centre, shifted in half-image units; bilinear, the edge repeated outside."""
-    height, width = pair_CHW.shape[-2:]
+def _corner(record: Record, target_HW: np.ndarray) -> tuple[int, int]:
+    """The crop's first row and column."""
+    top, left = record["corner"]
+    if "on_foreground" not in record:
+        return top, left
+    height, width = record["size"]
+    rows, columns = (have - want + 1 for have, want in zip(target_HW.shape, record["size"], strict=True))
+    # The centres of all crops that lie in the image, in the place of their corners.
+    centres = target_HW[height // 2 : height // 2 + rows, width // 2 : width // 2 + columns]
+    on_foreground = np.flatnonzero(centres > LOWER_BOUND)
+    if not on_foreground.size:
+        return top, left
+    top, left = divmod(int(on_foreground[int(record["on_foreground"] * on_foreground.size)]), columns)
+    return top, left
+
+
+def _cropped(images_CHW: np.ndarray, corner: tuple[int, int], size: list[int]) -> np.ndarray:
+    (top, left), (height, width) = corner, size
+    return np.ascontiguousarray(images_CHW[:, top : top + height, left : left + width])
+
+
+def _transformed(images_CHW: np.ndarray, angle_rad: float, shift: list[float], scale: float, mode: str) -> np.ndarray:
+    """Turned and scaled about the centre, shifted in half-image units; the edge repeated outside."""
+    height, width = images_CHW.shape[-2:]
     cos, sin = np.cos(angle_rad) / scale, np.sin(angle_rad) / scale
     # affine_grid works in units of half the image, so that a turn of a non-square image needs the sides' ratio.
     theta = torch.tensor(
         [[cos, -sin * height / width, shift[1]], [sin * width / height, cos, shift[0]]], dtype=torch.float32
     )
     grid = F.affine_grid(theta[None], [1, 1, height, width], align_corners=False)
-    pair = torch.from_numpy(pair_CHW)[None]
-    return F.grid_sample(pair, grid, mode="bilinear", padding_mode="border", align_corners=False)[0].numpy()
+    images = torch.from_numpy(images_CHW)[None]
+    return F.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)[0].numpy()
 
 
 def _gamma(source: np.ndarray, exponent: float) -> np.ndarray:

@@ -136,6 +136,7 @@ def resampled_grid(loaded: Loaded) -> Iterator[Problem]:
 
 
 def named_energy(loaded: Loaded) -> Iterator[Problem]:
+    """The keV in the header is the one that the modality is called by."""
     for volume, modality in loaded.sides:
         if energy_kev_in(modality) and volume.energy_kev not in (None, energy_kev_in(modality)):
             found = f"the header says {volume.energy_kev:g} keV, the name {modality}"
@@ -143,6 +144,7 @@ def named_energy(loaded: Loaded) -> Iterator[Problem]:
 
 
 def fitting_mask(loaded: Loaded) -> Iterator[Problem]:
+    """The mask lies on the target's grid, on every slice that training sees, with labels that can be told apart."""
     if loaded.mask:
         try:
             _labels(loaded)
@@ -151,6 +153,7 @@ def fitting_mask(loaded: Loaded) -> Iterator[Problem]:
 
 
 def partnered_slices(loaded: Loaded) -> Iterator[Problem]:
+    """A slice that only one side has is not used, which is said."""
     if not loaded.data.resample:
         for volume, name in unmatched_slices([loaded.source, loaded.target]):
             yield volume.path, "slice on both sides", f"{name} has no partner", "add it, or go on without"
@@ -172,6 +175,7 @@ def even_slices(loaded: Loaded) -> Iterator[Problem]:
 
 
 def upright_gantry(loaded: Loaded) -> Iterator[Problem]:
+    """Slices that are tilted against the line on which they lie."""
     for volume, _ in loaded.sides:
         step = volume.affine[:3, 2] / np.linalg.norm(volume.affine[:3, 2])
         tilt = float(np.degrees(np.arccos(min(1.0, abs(float(normal_of(volume) @ step))))))
@@ -181,6 +185,7 @@ def upright_gantry(loaded: Loaded) -> Iterator[Problem]:
 
 
 def only_images(loaded: Loaded) -> Iterator[Problem]:
+    """Files in the folder that the reader set aside as no slice of the series."""
     for volume, _ in loaded.sides:
         if volume.set_aside:
             listed = ", ".join(volume.set_aside[:4]) + (", …" if len(volume.set_aside) > 4 else "")
@@ -207,6 +212,7 @@ def dark_is_low(loaded: Loaded) -> Iterator[Problem]:
 
 
 def not_constant(loaded: Loaded) -> Iterator[Problem]:
+    """A volume of one value shows nothing."""
     for volume, _ in loaded.sides:
         if (value := volume.array.min()) == volume.array.max():
             found = f"constant, every voxel is {value:g}"
@@ -230,12 +236,14 @@ def shown_slices(loaded: Loaded) -> Iterator[Problem]:
 
 
 def two_images(loaded: Loaded) -> Iterator[Problem]:
+    """Source and target that are one image, so that nothing is to be learnt."""
     if np.array_equal(loaded.source.array, loaded.target.array):
         found = f"the very pixels of {short_path(loaded.target.path)}"
         yield loaded.source.path, "two images a case", found, "put the right image there"
 
 
 def hounsfield_units(loaded: Loaded) -> Iterator[Problem]:
+    """Values that cannot be HU, in what DICOM or the name of the modality calls a CT."""
     for volume, modality in loaded.sides:
         named = volume.format in ("nifti", "itk") and CT_NAME.search(modality)
         if not (volume.unit == "HU" or named) or not _tells(volume):
@@ -253,6 +261,7 @@ def hounsfield_units(loaded: Loaded) -> Iterator[Problem]:
 
 
 def within_window(loaded: Loaded) -> Iterator[Problem]:
+    """HU beyond `data.window_hu`, which are lost."""
     low, high = loaded.data.window_hu
     for volume, _ in loaded.sides:
         share = float(((volume.array < low) | (volume.array > high)).mean()) if volume.unit == "HU" else 0.0

@@ -1,23 +1,19 @@
 """The prepared store: matched slices on disk, made once, read one at a time, never taken for what they no longer are.
 
 `prepared/` beside the manifest holds a folder for each set of settings that stored values depend on. In it a case
-stands under a hash of its files' bytes: one `.npy` a volume and, written after them, a `.json` that describes them. So
-wherever the work is stopped, a case is there whole or not at all, and two processes at one store write the same twice.
+stands under a hash of its files' bytes: one `.npy` a volume, float32 in [-1, 1], and, written after them, a `.json`
+that describes them. So wherever the work is stopped, a case is there whole or not at all, and two processes at one
+store write the same twice. int16 would take half the space, but its scaling longer than the reading.
 """
 
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +22,14 @@ import numpy as np
 
 from seresvit.config import DataSettings
 from seresvit.data.intensity import Intensity, intensity_of, shown_in
-from seresvit.data.pair import load_pair
+from seresvit.data.pair import Pair, load_pair
 from seresvit.data.pairing import Case, content_hash, image_files, image_hash, load_channels, read_manifest
-from seresvit.data.volume import DataError, Volume, written_whole
+from seresvit.data.volume import DataError, written_whole
+from seresvit.data.workers import mapping
 
 INDEX, HASHES = "index.json", "hashes.json"
 # Raise it when the same files and settings are to be stored as other values.
-STORE_VERSION = 1
+STORE_VERSION = 2
 # Settings that act on stored slices only. Every other one, also a future one, is part of the folder's name.
 NOT_STORED = {"context_slices", "min_foreground", "flip", "max_rotation_deg", "max_shift", "max_scale", "augment"}
 # Worker processes take seconds to start: images of fewer bytes are prepared in this one.
@@ -47,10 +44,11 @@ Known = dict[str, dict[str, Any]]  # image path → its stamp and, under that st
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """A matched pair on disk: `.npy` names, and what turns their values into [-1, 1].
+    """A matched pair on disk: `.npy` names, and the rules by which their values came to be in [-1, 1].
 
-    `dtypes` and `num_bytes` are of the source files in order and, last, of the target file; `foreground` is the share
-    of each slice's target that is above its lower bound.
+    `num_bytes` are of the source files in order, of the target file and of `mask_file`, "" where no mask is stored;
+    `label_names` says what the mask's values mean; `foreground` is the share of each slice's target that is above its
+    lower bound.
     """
 
     name: str
@@ -60,7 +58,8 @@ class PreparedCase:
     target: str
     source_files: list[str]
     target_file: str
-    dtypes: list[str]
+    mask_file: str
+    label_names: dict[str, int]
     num_bytes: list[int]
     shape: list[int]
     spacing_mm_zyx: list[float]
@@ -92,16 +91,18 @@ def prepare(
     data: DataSettings,
     progress: Callable[[list[Group]], Iterable[Group]] = iter,
     workers: int | None = None,
+    masks: bool = False,
 ) -> Prepared:
     """The prepared store of `manifest`, beside it; only cases with new bytes or settings are made.
 
-    Every volume becomes one `.npy` of matched slices in its own unit, int16 where that is exact and else float32.
-    `workers` processes (None: one a core) make one case at a time each; `progress` wraps the list of those cases.
+    Every volume becomes one `.npy` of matched slices, float32 in [-1, 1]; with `masks` the labels of the manifest's
+    mask, uint8, another. `workers` processes (None: one a core) make one case at a time each; `progress` wraps the list
+    of those cases.
     Raises DataError for images that cannot be paired or scaled, and for a store that cannot be written.
     """
     started_ns = time.time_ns()
     groups = load_channels(read_manifest(manifest), data.channels)
-    folder = manifest.absolute().parent / "prepared" / _fingerprint(data)
+    folder = manifest.absolute().parent / "prepared" / _fingerprint(data, masks)
     _remove_abandoned(folder)
     stamps = {image: _stamp(image) for image in sorted({image for group in groups for image in _images(group)})}
     remembered: Known = _read_json(folder.parent / HASHES)
@@ -110,9 +111,10 @@ def prepare(
     lacking = [group for group, record in records.items() if record is None]
     num_bytes = sum(stamps[image].num_bytes for group in lacking for image in _images(group))
     count = min(workers or os.cpu_count() or 1, len(lacking)) if workers or num_bytes >= WORKERS_FROM_BYTES else 1
-    tasks = [(folder, data, group, {i: known[i] for i in _images(group) if i in known}) for group in lacking]
+    tasks = [(folder, data, masks, group, {i: known[i] for i in _images(group) if i in known}) for group in lacking]
+    died = "prepared store: a worker process was killed, perhaps for memory; run it again"
     try:
-        with _mapping(count) as mapped:
+        with mapping(count, __name__, died) as mapped:
             for group, (found, record) in zip(progress(lacking), mapped(_make, tasks), strict=True):
                 known |= found
                 records[group] = record
@@ -125,9 +127,9 @@ def prepare(
     return Prepared(folder, data_hash, cases)
 
 
-def _fingerprint(data: DataSettings) -> str:
-    settings = data.model_dump(mode="json", exclude=NOT_STORED)
-    return hashlib.blake2b(json.dumps([STORE_VERSION, settings], sort_keys=True).encode(), digest_size=6).hexdigest()
+def _fingerprint(data: DataSettings, masks: bool) -> str:
+    stored = [STORE_VERSION, data.model_dump(mode="json", exclude=NOT_STORED), *(["masks"] if masks else [])]
+    return hashlib.blake2b(json.dumps(stored, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def _images(group: Group) -> list[str]:
@@ -170,7 +172,8 @@ def _stored(folder: Path, group: Group, known: Known) -> dict[str, Any] | None:
     record = _read_json(folder / f"{_key(group, known)}.json")
     if not record:
         return None
-    files = [folder / file for file in (*record["source_files"], record["target_file"])]
+    names = (*record["source_files"], record["target_file"], record["mask_file"])
+    files = [folder / name for name in names if name]
     sizes = [file.stat().st_size if file.is_file() else None for file in files]
     return record if sizes == record["num_bytes"] else None
 
@@ -182,9 +185,9 @@ def _key(group: Group, known: Known) -> str:
     return f"{_identity(group)['name']}-{hashlib.blake2b(parts, digest_size=8).hexdigest()}"
 
 
-def _make(task: tuple[Path, DataSettings, Group, Known]) -> tuple[Known, dict[str, Any]]:
+def _make(task: tuple[Path, DataSettings, bool, Group, Known]) -> tuple[Known, dict[str, Any]]:
     """The stamps and hashes of a case's images, and its record, after writing the case unless it was there."""
-    folder, data, group, known = task
+    folder, data, masks, group, known = task
     stamps = {image: _stamp(image) for image in _images(group)}
     for image, stamp in stamps.items():
         if known.get(image, {}).get("stamp") != [*stamp]:
@@ -194,22 +197,28 @@ def _make(task: tuple[Path, DataSettings, Group, Known]) -> tuple[Known, dict[st
         pair = load_pair(*group, data=data)
         if changed := [image for image, stamp in stamps.items() if _stamp(image) != stamp]:
             raise DataError(f"{changed[0]}: changed while it was read; run the same command again when it is complete")
-        names = [*(case.source for case in group), group[0].target]
-        record = _write(folder / _key(group, known), [*pair.sources, pair.target], names, data)
+        record = _write(folder / _key(group, known), pair, group, data, masks)
     return known, record
 
 
-def _write(base: Path, volumes: list[Volume], names: list[str], data: DataSettings) -> dict[str, Any]:
-    """The record of a case after writing its volumes, the target last, and then the record itself."""
-    kinds = [*[data.intensity.source] * (len(volumes) - 1), data.intensity.target]
+def _write(base: Path, pair: Pair, group: Group, data: DataSettings, masks: bool) -> dict[str, Any]:
+    """The record of a case after writing its volumes and, with `masks`, its labels, and then the record itself."""
+    volumes, target = [*pair.sources, pair.target], pair.target
+    kinds = [*[data.intensity.source] * len(group), data.intensity.target]
     rules = [intensity_of(volume, kind, data) for volume, kind in zip(volumes, kinds, strict=True)]
+    names = [*(case.source for case in group), group[0].target]
     files = [base.with_name(f"{base.name}.{name}.npy") for name in names]
-    dtypes = [_write_npy(volume.array, file) for volume, file in zip(volumes, files, strict=True)]
-    target = volumes[-1]
+    for file, volume, rule in zip(files, volumes, rules, strict=True):
+        _write_npy(file, np.float32, volume.array, rule.normalise)
+    named = {"source_files": [file.name for file in files[:-1]], "target_file": files[-1].name}
+    mask: dict[str, Any] = {"mask_file": "", "label_names": {}}
+    if masks and pair.labels is not None:
+        files.append(base.with_name(f"{base.name}-mask.npy"))  # no modality's name can make this one
+        _write_npy(files[-1], np.uint8, pair.labels)
+        mask = {"mask_file": files[-1].name, "label_names": pair.label_names}
     record = {
-        "source_files": [file.name for file in files[:-1]],
-        "target_file": files[-1].name,
-        "dtypes": dtypes,
+        **named,
+        **mask,
         "num_bytes": [file.stat().st_size for file in files],
         "shape": list(target.array.shape),
         "spacing_mm_zyx": list(target.spacing_mm_zyx),
@@ -221,17 +230,14 @@ def _write(base: Path, volumes: list[Volume], names: list[str], data: DataSettin
     return record
 
 
-def _write_npy(array: np.ndarray, path: Path) -> str:
-    """The type of the numbers in the `.npy` that was written: int16 where that is exact, else float32."""
-    with np.errstate(invalid="ignore"):
-        exact = all(np.array_equal(plane.astype(np.int16), plane) for plane in array)
-    dtype = np.dtype(np.int16 if exact else np.float32)
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": array.shape}
+def _write_npy(
+    path: Path, dtype: type, array: np.ndarray, of_plane: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": array.shape}
     with written_whole(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for plane in array:  # so that no second copy of the volume is held
-            file.write(plane.astype(dtype, order="C").data)
-    return dtype.name
+            file.write(of_plane(plane).astype(dtype, order="C", copy=False).data)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -256,39 +262,6 @@ def _remove_abandoned(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-@contextmanager
-def _mapping(count: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """`map`, or its like that works in `count` processes; what has not begun when the block ends is left undone."""
-    if count <= 1:
-        yield map
-        return
-    # Never a copy of this process, which may hold torch, its threads and a GPU.
-    server = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if server else "spawn")
-    context.set_forkserver_preload([__name__, "seresvit.data.dicom", "seresvit.data.nifti"])
-    pool = ProcessPoolExecutor(count, context, _begin_worker)
-    try:
-        yield pool.map
-    except BrokenProcessPool:
-        raise DataError("prepared store: a worker process was killed, perhaps for memory; run it again") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    """One thread of computation, no word of Ctrl-C, and an end together with the process that it works for."""
-    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
 def slices_of(store: Prepared, split: str, min_foreground: float = 0.0) -> list[tuple[PreparedCase, int]]:
     """All slices of a split that show at least that share of foreground, in the order of the manifest."""
     return [
@@ -303,25 +276,34 @@ def slices_of(store: Prepared, split: str, min_foreground: float = 0.0) -> list[
 def read_pair(store: Prepared, case: PreparedCase, index: int, pair: np.ndarray | None = None) -> np.ndarray:
     """One slice of every source and, last, of the target: (C + 1, H, W) float32 in [-1, 1], in `pair` if given.
 
-    Raises DataError when a file is shorter than it was written.
+    Raises DataError when a file is shorter than it was written, or gone.
     """
     if pair is None:
-        pair = np.empty((len(case.intensities), *case.shape[1:]), np.float32)
-    for out, rule, plane in zip(pair, case.intensities, stored_planes(store, case, index), strict=True):
-        rule.normalise(plane, out)
+        pair = np.empty((len(case.sources) + 1, *case.shape[1:]), np.float32)
+    for out, file, num_bytes in zip(pair, (*case.source_files, case.target_file), case.num_bytes, strict=False):
+        _read_plane(store.folder / file, num_bytes, case.shape[0] - index, out)
     return pair
 
 
-def stored_planes(store: Prepared, case: PreparedCase, index: int) -> Iterator[np.ndarray]:
-    """One slice (H, W) of every source and, last, of the target, in their own units. Raises as `read_pair` does."""
-    depth, height, width = case.shape
-    for file, dtype, size in zip((*case.source_files, case.target_file), case.dtypes, case.num_bytes, strict=True):
+def read_labels(store: Prepared, case: PreparedCase, index: int) -> np.ndarray:
+    """One slice (H, W) uint8 of the mask's labels; 0 where the case has no mask in the store. Raises as `read_pair`."""
+    labels = np.zeros(case.shape[1:], np.uint8)
+    if case.mask_file:
+        _read_plane(store.folder / case.mask_file, case.num_bytes[-1], case.shape[0] - index, labels)
+    return labels
+
+
+def _read_plane(path: Path, num_bytes: int, planes_left: int, out: np.ndarray) -> None:
+    """Fill `out` with the plane of a file of `num_bytes` behind whose start there are so many planes."""
+    try:
         # Read, not memory-mapped: every map would hold an open file, and one that is cut short would end the process.
-        start = size - height * width * np.dtype(dtype).itemsize * (depth - index)
-        plane = np.fromfile(store.folder / file, dtype, height * width, offset=start)
-        if plane.size < height * width:
-            raise DataError(f"{store.folder / file}: shorter than it was written; run the same command again")
-        yield plane.reshape(height, width)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(num_bytes - planes_left * out.nbytes)
+            read = file.readinto(out.data)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); run the same command again") from None
+    if read < out.nbytes:
+        raise DataError(f"{path}: shorter than it was written; run the same command again")
 
 
 def read_slice(

@@ -26,7 +26,7 @@ def generator_losses(
     """The unweighted terms of the generator's loss, those alone whose weight in `stage` is above zero.
 
     `score_of_synthetic` is what the discriminator says of source‖synthetic; only the adversarial term needs it.
-    `weights_BCHW` (see `tissue_weights`) enters L1 alone. Raises ConfigError for an unusable `perceptual_file`.
+    `weights_BCHW` (see `pixel_weights`) enters L1 alone. Raises ConfigError for an unusable `perceptual_file`.
     """
     synthetic_BCHW, target_BCHW = synthetic_BCHW.float(), target_BCHW.float()
     losses = {}
@@ -104,6 +104,16 @@ def tissue_weights(stage: StageSettings, target_BCHW: torch.Tensor, intensity: I
         low, high = tissue.hu
         weights_BCHW[(target_hu_BCHW >= low) & (target_hu_BCHW <= high)] = tissue.weight
     return weights_BCHW
+
+
+def pixel_weights(
+    stage: StageSettings, target_BCHW: torch.Tensor, intensity: Intensity, mask_weights_BCHW: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """The weight of every pixel in L1, by its tissue times by its label in the mask; None when neither is asked for."""
+    tissue_BCHW = tissue_weights(stage, target_BCHW, intensity)
+    if tissue_BCHW is None or mask_weights_BCHW is None:
+        return mask_weights_BCHW if tissue_BCHW is None else tissue_BCHW
+    return tissue_BCHW * mask_weights_BCHW
 
 
 def gradient_difference(synthetic_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> torch.Tensor:

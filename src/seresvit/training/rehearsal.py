@@ -52,7 +52,7 @@ def _rehearsed(run: Run, number: int) -> tuple[int, float]:
     stage = start_stage(run.fabric, run.config, number, None)
     train_mode(stage)
     step_s = 0.0
-    for source, target in islice(load(run, stage), 2):
+    for source, target, *mask_weights in islice(load(run, stage), 2):
         if run.fabric.is_global_zero:
             rows = [
                 (*images, *targets) for images, targets in zip(source.cpu().numpy(), target.cpu().numpy(), strict=True)
@@ -60,7 +60,7 @@ def _rehearsed(run: Run, number: int) -> tuple[int, float]:
             with written_whole(run.folder / PICTURE) as temporary:
                 Image.fromarray(pictured(rows)).save(temporary)
         started_s = time.monotonic()
-        step(run, stage, source, target)
+        step(run, stage, source, target, *mask_weights)
         if run.fabric.device.type == "cuda":
             torch.cuda.synchronize()
         step_s = time.monotonic() - started_s

@@ -56,7 +56,7 @@ def start_stage(fabric: Fabric, config: Config, number: int, last: Path | None) 
     discriminator = Discriminator(channels, config.train.discriminator_channels)
     saved = read_state(last)
     if config.train.identity_start:
-        start_as_identity(generator)
+        start_as_identity(generator, config.data.context_slices)
     if last:
         take_weights(generator, last / MODEL)
         checkpoint.fill(discriminator, checkpoint.read(last / DISCRIMINATOR)[0], str(last / DISCRIMINATOR))

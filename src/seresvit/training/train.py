@@ -17,11 +17,11 @@ from lightning_fabric import Fabric
 from torch.utils.data import DataLoader
 
 from seresvit.config import Config, ConfigError
-from seresvit.data.dataset import TrainingSlices
+from seresvit.data.dataset import TrainingSlices, check_labels
 from seresvit.data.intensity import Intensity, reference_intensity
 from seresvit.data.prepared import Group, Prepared, PreparedCase, prepare, read_slice, slices_of
 from seresvit.data.volume import DataError, written_whole
-from seresvit.model import checkpoint
+from seresvit.model import checkpoint, familiarity
 from seresvit.training import losses
 from seresvit.training import run as run_folder
 from seresvit.training.processes import (
@@ -52,7 +52,8 @@ PANEL_SLICES = 4
 
 # Called with (stage, images seen, images in all, words to show) after every step.
 Progress = Callable[[int, int, int, str], None]
-Batch = tuple[torch.Tensor, torch.Tensor]
+# Source, target and, with `mask_weights`, the weight of every pixel.
+Batch = tuple[torch.Tensor, ...]
 Terms = dict[str, torch.Tensor]
 
 
@@ -99,6 +100,7 @@ def train(
         number for number, end in ends if (number, end) > reached or (number == reached[0] and not is_validated(last))
     ]
     if not left:
+        acquaint(run)
         fabric.print(f"{run_dir}: this run is finished; nothing was changed")
         return run_dir / "checkpoints" / "best" / MODEL
     with signals_caught() as signals, run_folder.disk_full_said(run_dir):
@@ -108,10 +110,21 @@ def train(
                 stage = start_stage(fabric, config, number, last)
                 fit(replace(run, log=log, signals=signals), stage, progress)
                 last = run_dir / "checkpoints" / "last"
+            acquaint(run)
         finally:
             if log:
                 log.close()
     return run_dir / "checkpoints" / "best" / MODEL
+
+
+def acquaint(run: Run) -> None:
+    """Write into the best checkpoint what the training images look like to it, unless that stands there already."""
+    best = run.folder / "checkpoints" / "best" / MODEL
+    if run.fabric.is_global_zero and best.is_file():
+        network = checkpoint.load(best, run.fabric.device)
+        if "familiarity" not in network.header:
+            record = familiarity.of_training(network, run.store, run.config.data.context_slices)
+            checkpoint.save(network, best, {**network.header, "familiarity": record})
 
 
 def open_run(
@@ -125,10 +138,13 @@ def open_run(
     if not any(images_of(config, number) for number in (1, 2)):
         raise ConfigError("train.stage1.num_images and train.stage2.num_images are both 0: nothing to train")
     check_starting_points(config)
-    store = prepare(manifest, config.data, preparing)
+    weights = [getattr(config.train, f"stage{n}").mask_weights for n in (1, 2) if images_of(config, n)]
+    store = prepare(manifest, config.data, preparing, masks=any(weights))
     for split in ("train", "val"):
         if not slices_of(store, split):
             raise DataError(f"{manifest}: no case in the {split} split; audit again with more patients or --{split}")
+    for mask_weights in weights:
+        check_labels(store, mask_weights)
     run_folder.is_begun(run_dir, config, store.data_hash)
     target_intensity = reference_intensity(store.target_intensities("train"))
     spacings_mm_yx = [case.spacing_mm_zyx[1:] for case in store.cases if case.split == "train"]
@@ -210,10 +226,20 @@ def training_slices(run: Run, stage: Stage) -> TrainingSlices:
     """The images of a stage by their number; stages and seeds see them in orders of their own."""
     config = run.config.train
     seed = 2 * config.seed + stage.number
-    return TrainingSlices(run.store, run.config.data, config.size, seed, config.balance, config.foreground_bias)
+    return TrainingSlices(
+        run.store,
+        run.config.data,
+        config.size,
+        seed,
+        config.balance,
+        config.foreground_bias,
+        stage.settings.mask_weights,
+    )
 
 
-def step(run: Run, stage: Stage, source: torch.Tensor, target: torch.Tensor) -> Terms | None:
+def step(
+    run: Run, stage: Stage, source: torch.Tensor, target: torch.Tensor, mask_weights: torch.Tensor | None = None
+) -> Terms | None:
     """One update of both networks; the unweighted terms of their losses, detached. None when the step was skipped.
 
     It is skipped, in every process, when a gradient is not finite: weights and batch statistics stay as they were.
@@ -223,7 +249,8 @@ def step(run: Run, stage: Stage, source: torch.Tensor, target: torch.Tensor) -> 
     draw_from(config.seed, stage.number, stage.images, run.fabric.global_rank)  # dropout
     buffers = [*stage.generator.buffers(), *stage.discriminator.buffers()]
     before = [buffer.clone() for buffer in buffers]
-    parts = list(zip(source.chunk(config.accumulate), target.chunk(config.accumulate), strict=True))
+    batch = [images for images in (source, target, mask_weights) if images is not None]
+    parts: list[Batch] = list(zip(*(images.chunk(config.accumulate) for images in batch), strict=True))
 
     # The discriminator is frozen while the generator steps: no gradient of its own is computed.
     stage.discriminator.requires_grad_(False)
@@ -256,14 +283,14 @@ def generator_gradient(run: Run, stage: Stage, parts: list[Batch]) -> tuple[Term
     stage.optimizer.zero_grad(set_to_none=True)
     means: Terms = {}
     images = []
-    for number, (source, target) in enumerate(parts, 1):
+    for number, (source, target, *mask_weights) in enumerate(parts, 1):
         with run.fabric.no_backward_sync(stage.generator, enabled=number < len(parts)):
             synthetic = stage.generator(source)
             score = None
             if stage.settings.adversarial_weight:
                 with run.fabric.autocast():  # the bare network: DDP's would wait for gradients that never come
                     score = stage.discriminator.module(torch.cat([source, synthetic], dim=1))
-            weights = losses.tissue_weights(stage.settings, target, run.target_intensity)
+            weights = losses.pixel_weights(stage.settings, target, run.target_intensity, *mask_weights)
             terms = losses.generator_losses(stage.settings, synthetic, target, score, weights)
             run.fabric.backward(_infectious(losses.total(stage.settings, terms)) / len(parts))
         for name, term in terms.items():
@@ -276,7 +303,7 @@ def discriminator_gradient(run: Run, stage: Stage, parts: list[Batch], synthetic
     """Leave the gradient of the discriminator's loss in its parameters; that loss, detached."""
     stage.discriminator_optimizer.zero_grad(set_to_none=True)
     mean = torch.zeros((), device=run.fabric.device)
-    for number, ((source, target), image) in enumerate(zip(parts, synthetic, strict=True), 1):
+    for number, ((source, target, *_), image) in enumerate(zip(parts, synthetic, strict=True), 1):
         with run.fabric.no_backward_sync(stage.discriminator, enabled=number < len(parts)):
             # Two passes, each with batch statistics of its own, as published.
             on_target = stage.discriminator(torch.cat([source, target], dim=1))
