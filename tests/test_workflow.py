@@ -49,7 +49,8 @@ def test_every_promised_file_is_there(folder):
 
 def test_the_table_has_the_baselines_beside_the_network(folder):
     summary = pd.read_csv(folder / "evaluation/summary.csv")
-    assert set(summary["method"]) == {"synthetic", "source unchanged", "intensity curve"}
+    baselines = {"source unchanged", "linear fit", "two-energy fit", "intensity curve"}
+    assert set(summary["method"]) == {"synthetic", *baselines}
     assert set(summary["source"]) == {"110keV", "115keV", "all"}
     text = (folder / "table.txt").read_text()
     assert "source" in text and "unchanged" in text and "MAE bone" in text

@@ -15,10 +15,11 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from rich.console import Console
+from scipy.stats import wilcoxon
 
 from seresvit.config import ConfigError
 from seresvit.data.volume import DataError
-from seresvit.evaluation.evaluate import evaluate, render_table
+from seresvit.evaluation.evaluate import METHODS, evaluate, render_table, sentences
 from seresvit.evaluation.metrics import score
 
 FRAME = generate_uid()
@@ -104,8 +105,8 @@ def dect(tmp_path):
     return tmp_path
 
 
-def run(folder, protocol="dect", out="out"):
-    return evaluate(folder / "predictions", folder / "manifest.csv", protocol, folder / out)
+def run(folder, protocol="dect", out="out", **more):
+    return evaluate(folder / "predictions", folder / "manifest.csv", protocol, folder / out, **more)
 
 
 def test_dect_by_hand(dect):
@@ -158,17 +159,21 @@ def test_names_of_files_decide_nothing(dect):
 
 def test_files(dect):
     result = run(dect)
-    assert sorted(p.name for p in (dect / "out").iterdir()) == [
-        "cases.csv",
-        "evaluation.xlsx",
-        "slices.csv",
-        "summary.csv",
-    ]
-    pd.testing.assert_frame_equal(pd.read_csv(dect / "out" / "cases.csv"), result.cases)
-    pd.testing.assert_frame_equal(pd.read_csv(dect / "out" / "summary.csv"), result.summary)
+    tables = ["cases", "patients", "slices", "statistics", "summary"]
+    assert sorted(p.name for p in (dect / "out").iterdir()) == sorted(
+        [*(f"{name}.csv" for name in tables), "evaluation.json", "evaluation.xlsx"]
+    )
+    record = json.loads((dect / "out" / "evaluation.json").read_text())
+    for name in tables:
+        table = getattr(result, name)
+        written = pd.read_csv(dect / "out" / f"{name}.csv").fillna({"why_no_p": "", "why_no_interval": ""})
+        pd.testing.assert_frame_equal(written, table, check_dtype=False)
+        assert len(record[name]) == len(table) and set(record[name][0]) <= set(table.columns)
+    assert record["summary"][0]["mae_mean"] == result.summary["mae_mean"][0]
     book = openpyxl.load_workbook(dect / "out" / "evaluation.xlsx")
     assert book.sheetnames == ["Summary", "Patient_Average", "Detail"]
-    for sheet, frame in zip(book, (result.summary, result.cases, result.slices), strict=True):
+    detail = result.slices.filter(regex="^(?!bias_|loa_|target_|dice_)")
+    for sheet, frame in zip(book, (result.summary, result.cases, detail), strict=True):
         assert [cell.value for cell in sheet[1]] == list(frame.columns) and sheet["A1"].font.bold
         assert sheet.freeze_panes == "A2" and sheet.max_row == len(frame) + 1
     columns = [cell.value for cell in book["Detail"][1]]
@@ -198,6 +203,26 @@ def test_a_missing_slice_is_refused(dect):
     with pytest.raises(DataError, match=r"P1_110keV lacks 1 of 2 slices .* 2\.50 mm"):
         run(dect)
     assert not (dect / "out").exists()
+
+
+def test_missing_slices_and_cases_are_counted_when_allowed(dect):
+    (dect / "predictions" / "P1_110keV" / "0.dcm").unlink()
+    shutil.rmtree(dect / "predictions" / "P2_110keV")
+    result = run(dect, allow_missing=True)
+    assert len(result.missing) == 2 and "P1_110keV lacks 1 of 2 slices" in result.missing[1]
+    # Every method is scored on the slices that are there, which keep their numbers.
+    assert row(result.cases, method="synthetic")["mae"] == pytest.approx(20)
+    assert set(result.slices["slice"]) == {1} and set(result.cases["slices"]) == {1}
+    summary = row(result.summary, source="all", method="synthetic")
+    assert (summary["missing_cases"], summary["missing_slices"], summary["cases"]) == (1, 1, 1)
+    assert json.loads((dect / "out" / "evaluation.json").read_text())["missing"] == list(result.missing)
+
+
+def test_a_slice_that_was_not_predicted_is_refused(dect):
+    write_prediction(dect / "predictions" / "P2_110keV", "P2", "110keV", num_slices=1)
+    with pytest.raises(DataError, match="P2_110keV holds 1 slices that were not predicted"):
+        run(dect)
+    assert row(run(dect, allow_missing=True).cases, patient="P2", method="synthetic")["missing_slices"] == 1
 
 
 def test_a_protocol_for_other_units_is_refused(dect):
@@ -242,7 +267,7 @@ def test_volume_protocols_take_the_labels_as_mask(tmp_path):
     of_slices = result.slices[result.slices["method"] == "synthetic"]["mae"]
     assert np.isnan(of_slices.iloc[0])
     assert of_slices.iloc[3] == pytest.approx(np.abs(prediction - target)[3, 4:20, 4:20].mean())
-    assert result.slices.columns[-2:].tolist() == ["mae", "mae_mask"]
+    assert {"mae", "mae_mask"} <= set(result.slices.columns) and "psnr" not in result.slices
 
 
 def test_the_intensity_curve_learns_a_monotone_map_from_training_patients(tmp_path):
@@ -318,3 +343,89 @@ def test_a_prediction_on_another_grid_is_scored_on_the_targets_where_training_re
     flat(tmp_path / "predictions/P1_cbct/synthetic.nii", coarse[1:4] + 10, 2, 8.5, 1)
     with pytest.raises(DataError, match="P1_cbct lacks 2 of 5 slices"):
         run(tmp_path)
+    some = run(tmp_path, allow_missing=True).slices
+    assert some[some["method"] == "synthetic"]["slice"].tolist() == [0, 1, 2]
+
+
+PATIENTS = 8
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Eight test patients, two training patients, 110 and 140 keV: errors of 10 ± 1 HU, of the source 30 or 50."""
+    root, rng, rows = tmp_path_factory.mktemp("cohort"), np.random.default_rng(6), []
+    for number in range(PATIENTS + 2):
+        patient, split = f"P{number}", "test" if number < PATIENTS else "train"
+        target = rng.integers(-900, 400, (1, 16, 16))
+        write_nifti(root / f"70keV/{patient}.nii.gz", target)
+        for source, by in (("110keV", 30), ("140keV", 50)):
+            write_nifti(root / f"{source}/{patient}.nii.gz", target + by)
+            rows.append([patient, split, source, "70keV", f"{source}/{patient}.nii.gz", f"70keV/{patient}.nii.gz", ""])
+            if split == "test":
+                for folder, error in (("predictions", 10 + number / 10), ("others", 12 + number / 5)):
+                    case = root / folder / f"{patient}_{source}"
+                    write_nifti(case / "synthetic.nii.gz", target + error + (source == "140keV"))
+                    write_prediction(case, patient, source, "synthetic.nii.gz")
+    write_manifest(root / "manifest.csv", rows)
+    evaluate(root / "others", root / "manifest.csv", "dect", root / "other")
+    return root, run(root, against=root / "other")
+
+
+def test_every_method_and_the_patients_table(cohort):
+    result = cohort[1]
+    assert list(result.cases["method"][:5]) == list(METHODS) and result.notes == ()
+    # Both sources are the target and a constant, which every fit finds.
+    assert row(result.summary, source="140keV", method="linear fit")["mae_mean"] == pytest.approx(0, abs=1e-3)
+    assert row(result.summary, source="110keV", method="two-energy fit")["mae_mean"] == pytest.approx(0, abs=1e-3)
+    of_p3 = row(result.patients, patient="P3", method="synthetic")
+    assert of_p3["cases"] == 2 and of_p3["mae"] == pytest.approx((10.3 + 11.3) / 2, rel=1e-5)
+    summary = row(result.summary, source="all", method="synthetic")
+    assert (summary["mae_n"], summary["patients"], summary["bias_hu_soft_n"]) == (16, 8, 16)
+    assert summary["bias_hu_soft_mean"] == pytest.approx(10.85, rel=1e-4)
+
+
+def test_statistics_are_of_patients_and_compare_with_another_evaluation(cohort):
+    root, result = cohort
+    found = row(result.statistics, metric="mae", second=str(root / "other"))
+    of_ours, of_theirs = (10.5 + np.arange(PATIENTS) / 10, 12.5 + np.arange(PATIENTS) / 5)
+    assert found["n"] == PATIENTS and found["mean"] == pytest.approx((of_ours - of_theirs).mean(), rel=1e-4)
+    assert found["p"] == pytest.approx(wilcoxon(of_ours, of_theirs).pvalue) and found["p_adjusted"] >= found["p"]
+    lines = sentences(result)
+    assert any(line.startswith(f"synthetic lowers MAE by 2.4 HU against {root / 'other'}") for line in lines)
+    assert any(line.startswith("synthetic raises MAE by") and "linear fit, for the worse" in line for line in lines)
+    record = json.loads((root / "out" / "evaluation.json").read_text())
+    assert record["headline"] in lines and "for the worse" in record["headline"]
+    assert len(lines) == len(METHODS) and "n = 8 patients" in lines[0]
+
+
+def test_another_evaluation_must_be_of_the_same_cases_and_protocol(cohort, dect):
+    run(dect, out="other")
+    with pytest.raises(DataError, match="16 cases, 2 of them among the 2 evaluated here"):
+        run(dect, against=cohort[0] / "other")
+    with pytest.raises(DataError, match="holds no evaluation"):
+        run(dect, against=dect / "predictions")
+    summary = dect / "other" / "summary.csv"
+    summary.write_text(summary.read_text().replace("dect", "synthrad2023"))
+    with pytest.raises(ConfigError, match="scored under synthrad2023, this under dect"):
+        run(dect, against=dect / "other")
+
+
+def test_without_a_training_case_the_fits_are_left_out_with_a_line(dect):
+    result = run(dect)
+    assert set(result.cases["method"]) == {"synthetic", "source unchanged"}
+    assert len(result.notes) == 1 and "no training case" in result.notes[0]
+    words = sentences(result)[0]
+    assert "in 2 patients" in words and "no p-value" in words and "nan" not in words
+
+
+def test_json_holds_no_number_that_is_none(dect):
+    for patient in ("P1", "P2"):
+        for file in (dect / "predictions" / f"{patient}_110keV").glob("*.dcm"):
+            shutil.copy(dect / "70keV" / patient / file.name, file)
+    run(dect)
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    record = json.loads((dect / "out" / "evaluation.json").read_text(), parse_constant=refuse)
+    assert record["summary"][0]["psnr_mean"] == "inf" and record["summary"][0]["noise_ratio_mean"] is None

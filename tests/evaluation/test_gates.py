@@ -15,10 +15,11 @@ from scipy.stats import spearmanr
 from seresvit.config import ConfigError, DataSettings, FusionSettings, ModelSettings, VitSettings
 from seresvit.data.pairing import Case, write_manifest
 from seresvit.data.phantom import simulate
-from seresvit.evaluation.gates import explain, render_table
+from seresvit.evaluation.explain import explain, render_table
+from seresvit.evaluation.gates import gate_table
 from seresvit.model import checkpoint
 from seresvit.model.generator import Generator
-from seresvit.synthesis.predict import Predictor
+from seresvit.synthesis.predictor import Predictor
 
 VIT = VitSettings(depth=1, width=32, heads=2, mlp_width=32)
 PATIENTS = ("P001", "P002", "P003")
@@ -62,7 +63,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def explained(folder):
-    return explain(Predictor(folder / "se.safetensors", "cpu"), folder / "manifest.csv", folder / "out")
+    return explain(
+        Predictor(folder / "se.safetensors", "cpu"), folder / "manifest.csv", folder / "out", knock_out=False
+    )
 
 
 def test_shares_are_the_means_of_the_gate_that_the_squeeze_sees(folder, explained):
@@ -140,7 +143,7 @@ def test_movement_between_images_and_a_gate_that_never_moves(folder, explained, 
     values = torch.linspace(0.1, 0.9, 32)
     predictor.net.art_1.fuse.gate.sigmoid.register_forward_hook(lambda _, x, y: values.expand_as(y))
     predictor.net.art_6.fuse.gate.sigmoid.register_forward_hook(lambda _, x, y: torch.rand(len(y), 1).expand_as(y))
-    fixed = explain(predictor, folder / "manifest.csv", tmp_path).summary
+    fixed = explain(predictor, folder / "manifest.csv", tmp_path, knock_out=False).summary
     assert fixed["blocks"]["art_1"]["nearly_constant"]
     assert "ART 1 is nearly constant" in fixed["blocks"]["art_1"]["verdict"]
     assert next(c for c in fixed["correlations"] if c["block"] == "art_1")["rho"] is None
@@ -154,7 +157,7 @@ def test_plot_is_an_image(folder, explained):
 
 def test_without_labels_the_targets_hu_decide(folder, tmp_path):
     predictor = Predictor(folder / "se.safetensors", "cpu")
-    result = explain(predictor, folder / "unlabelled.csv", tmp_path, split="train")
+    result = explain(predictor, folder / "unlabelled.csv", tmp_path, split="train", knock_out=False)
     assert result.summary["tissues_by"] == "HU ranges of the target"
     assert set(result.images["patient"]) == {"P001"}
     for z, path in enumerate(sorted((folder / "images" / "70keV" / "P001").glob("*.dcm"))):
@@ -166,9 +169,34 @@ def test_without_labels_the_targets_hu_decide(folder, tmp_path):
 
 
 def test_errors_of_use_are_one_line(folder, tmp_path):
-    for checkpoint_name, split, word in (("concat", "test", "has no gates"), ("se", "val", "no case in the split")):
+    for checkpoint_name, split, word in (
+        ("concat", "test", "has no gates to describe"),
+        ("se", "val", "no case in the split"),
+    ):
         with pytest.raises(ConfigError, match=word) as raised:
             predictor = Predictor(folder / f"{checkpoint_name}.safetensors", "cpu")
-            explain(predictor, folder / "manifest.csv", tmp_path / "out", split=split)
+            explain(predictor, folder / "manifest.csv", tmp_path / "out", split=split, knock_out=False)
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "out").exists()
+
+
+def test_all_gates_are_written_with_their_ends_and_the_sources_energy(folder, explained):
+    """gate_values.csv holds what gates.csv and channels.csv sum up: shares, dead and saturated channels, means."""
+    values = pd.read_csv(folder / "out" / "gate_values.csv")
+    channels = pd.read_csv(folder / "out" / "channels.csv")
+    assert (explained.images["source_kev"] == explained.images["source"].str.removesuffix("keV").astype(float)).all()
+    for block in ("art_1", "art_6"):
+        gate_NC = values[values["block"] == block].drop(columns=["patient", "source", "slice", "block"]).to_numpy()
+        np.testing.assert_allclose(gate_NC[:, 16:].mean(axis=1), explained.images[f"{block}_cnn"], atol=1e-5)
+        assert (explained.images[f"{block}_dead"] == (gate_NC < 0.05).sum(axis=1)).all()
+        assert (explained.images[f"{block}_saturated"] == (gate_NC > 0.95).sum(axis=1)).all()
+        of_block = channels[channels["block"] == block]
+        np.testing.assert_allclose(of_block["mean"], gate_NC.mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(of_block["dead_share"], (gate_NC < 0.05).mean(axis=0))
+        assert list(of_block["branch"]) == ["transformer"] * 16 + ["cnn"] * 16
+
+
+def test_a_channel_at_an_end_is_counted_by_the_range_of_its_gate():
+    gate = np.array([[0.0, 0.049, 0.5, 0.951, 1.0, 1.96]])
+    counts = [gate_table({"art_1": gate}, highest)[["art_1_dead", "art_1_saturated"]].iloc[0] for highest in (1.0, 2.0)]
+    assert [tuple(count) for count in counts] == [(2, 3), (2, 1)]

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.signal import fftconvolve
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from seresvit.config import ConfigError
 from seresvit.data.volume import DataError
-from seresvit.evaluation.metrics import score, score_slices
+from seresvit.evaluation.metrics import PROTOCOLS, main_metrics, score, score_slices
 
 REFERENCE = Path(__file__).parents[1] / "reference"
+CORRECTED = "synthrad2025-corrected"
 ENTRIES = json.loads((REFERENCE / "metrics.json").read_text())
 
 
@@ -98,6 +100,38 @@ def test_nothing_outside_the_mask_counts(protocol):
 def test_equal_images():
     target, _, mask = volume_pair("small", (40, 64, 72))
     assert score(target, target, mask) == pytest.approx({"mae": 0, "psnr": math.inf, "ms_ssim": 1})
+
+
+def test_the_corrected_protocol_counts_luminance_once_by_scikit_image():
+    """With an endless K1 luminance is one, so that scikit-image gives contrast × structure alone."""
+    target, prediction, mask = volume_pair("small", (40, 64, 72))
+    margins = [((97 - n) // 2, 97 - n - (97 - n) // 2) for n in target.shape]
+    inside = np.pad(mask > 0, margins, mode="edge")
+    images = [np.where(mask > 0, np.clip(v, -1024, 3071) + 1024.0, 0) for v in (target, prediction)]
+    images = [np.pad(image, margins, mode="edge") for image in images]
+    expected = 1.0
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        whole, rest = (structural_similarity(*images, data_range=4095, K1=k, full=True)[1] for k in (0.01, 1e6))
+        similarity = np.maximum(whole if scale == 4 else rest, 0) ** weight
+        expected *= similarity[3:-3, 3:-3, 3:-3][inside[3:-3, 3:-3, 3:-3]].mean()
+        images = [fftconvolve(image, np.ones((2, 2, 2)) / 8, mode="same")[::2, ::2, ::2] for image in images]
+        inside = inside[::2, ::2, ::2]
+    assert score(target, prediction, mask, CORRECTED)["ms_ssim"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_corrected_protocol_is_else_the_published_one():
+    target, prediction, mask = volume_pair("small", (40, 64, 72))
+    published, corrected = (score(target, prediction, mask, name) for name in ("synthrad2025", CORRECTED))
+    assert published["mae"] == corrected["mae"] and published["psnr"] == corrected["psnr"]
+    assert published["ms_ssim"] < corrected["ms_ssim"] < 1
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_protocol_gives_the_metrics_that_it_names(protocol):
+    target, prediction, _ = volume_pair("small", (40, 64, 72))
+    low = 0 if protocol in ("mr", "uint8") else -1024
+    found = score(np.maximum(target, low)[:8], np.maximum(prediction, low)[:8], protocol=protocol)
+    assert tuple(found) == main_metrics(protocol)
 
 
 def test_a_mask_too_small_for_the_coarsest_scale_has_no_ms_ssim():

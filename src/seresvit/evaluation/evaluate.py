@@ -1,22 +1,19 @@
-"""Predictions against targets under a named protocol → tables of slices, cases and the summary of cases.
+"""Predictions against targets under a named protocol → tables of slices, cases, patients, and what they show.
 
-Beside the prediction stand what costs nothing: the source as it is, and the best monotone curve from source to target
-values. A network that does not beat them has learned no anatomy. `docs/metrics.md` defines every column.
+Beside the prediction stands what costs no network: the source as it is, and the fits of `baselines.py`. Reads from top
+to bottom: evaluate → match → score. `docs/metrics.md` defines every column.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from openpyxl.styles import Font
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
-from scipy.optimize import isotonic_regression
 
 from seresvit.config import DataSettings
 from seresvit.data import read_volume
@@ -24,32 +21,27 @@ from seresvit.data.geometry import resampled
 from seresvit.data.intensity import Intensity
 from seresvit.data.pair import Pair, load_pair, matched_slices, only_inside
 from seresvit.data.pairing import Case, read_manifest
-from seresvit.data.volume import DataError, Volume, same_grid, written_whole
+from seresvit.data.volume import DataError, Volume, origins_mm, same_grid
+from seresvit.evaluation.baselines import Baseline, fit_baselines
 from seresvit.evaluation.metrics import find_protocol, in_protocol_values, score, score_slices
+from seresvit.evaluation.regions import region_scores, tally
+from seresvit.evaluation.tables import (
+    IDENTITY,
+    METHODS,
+    SHARES,
+    Evaluation,
+    patients_of,
+    read_cases,
+    render_table,
+    sentences,
+    statistics_of,
+    summarise,
+    write,
+)
+from seresvit.evaluation.texture import TargetTexture, edge_sharpness, noise_ratios, target_texture
+from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU, tissue_map
 
-METHODS = ("synthetic", "source unchanged", "intensity curve")
-CURVE_PROTOCOLS = ("dect", "uint8")
-CURVE_CASES = 16
-CURVE_PIXELS_A_CASE = 100_000
-CURVE_SEED = 0
-IDENTITY = ("patient", "source", "split", "method")
-SHARES = ("ssim", "ms_ssim", "nmse")
-
-Curve = tuple[np.ndarray, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Three tables under one protocol.
-
-    `slices`: one row a slice and method; `cases`: one row a case and method, with the mean over its slices; `summary`:
-    one row a split, source (and "all") and method, with mean and standard deviation over its cases.
-    """
-
-    protocol: str
-    slices: pd.DataFrame
-    cases: pd.DataFrame
-    summary: pd.DataFrame
+__all__ = ["METHODS", "SHARES", "Evaluation", "evaluate", "load_prediction", "render_table", "sentences"]
 
 
 @dataclass(frozen=True)
@@ -61,38 +53,64 @@ class _Prediction:
     cases: tuple[Case, ...]
 
     @property
-    def source(self) -> str:
-        return "+".join(case.source for case in self.cases)
+    def sources(self) -> tuple[str, ...]:
+        return tuple(case.source for case in self.cases)
 
 
-def evaluate(predictions: Path, manifest: Path, protocol: str, out: Path) -> Evaluation:
+def evaluate(
+    predictions: Path,
+    manifest: Path,
+    protocol: str,
+    out: Path,
+    allow_missing: bool = False,
+    against: Path | None = None,
+) -> Evaluation:
     """The tables of all predictions below `predictions`, which are also written into `out`.
 
-    `out` gets slices.csv, cases.csv, summary.csv and evaluation.xlsx. Each folder with a prediction.json is matched to
-    the manifest by patient and source ("T1+T2" for several channels), its slices to the target's by position. Raises
-    ConfigError for an unknown protocol, and DataError, with nothing written, that lists every fault: a folder that the
-    manifest does not know, a test case without prediction (of the sources that were predicted), a missing slice.
+    `out` gets slices, cases, patients, summary and statistics as CSV, evaluation.json and evaluation.xlsx. Each folder
+    with a prediction.json is matched to the manifest by patient and source ("T1+T2" for several channels), its slices
+    to the target's by position. `against`: the folder of another evaluation of the same cases, to compare with.
+
+    Raises ConfigError for an unknown protocol, and DataError, with nothing written, that lists every fault: a folder
+    that the manifest does not know, a test case without prediction (of the sources that were predicted), a missing
+    slice, a slice that was not predicted. With `allow_missing` the last three are counted in the summary instead.
     """
     predictions, out = Path(predictions), Path(out)
     find_protocol(protocol)
     cases = read_manifest(Path(manifest))
-    matched, faults = _match(predictions, cases)
-    _refuse(predictions, faults)
-    curves = _fit_curves(matched, cases, protocol)
+    matched, unpredicted, faults = _match(predictions, cases)
+    missing = [f"{case.name} is a test case without prediction: predict it too" for case in unpredicted]
+    _refuse(predictions, faults + ([] if allow_missing else missing))
+    known = {(case.patient, case.source): case for case in cases}
+    baselines = fit_baselines((p.sources for p in matched), cases, _geometry(matched[0].record), protocol)
     slice_rows: list[dict[str, Any]] = []
     case_rows: list[dict[str, Any]] = []
+    notes = [] if any(baselines.values()) else [_why_no_baseline(cases)]
     console = Console(stderr=True)
     for prediction in track(matched, "evaluate", console=console, transient=True, disable=not console.is_terminal):
         try:
-            for of_slices, of_case in _score_prediction(prediction, protocol, curves.get(prediction.source)):
-                slice_rows += of_slices
-                case_rows.append(of_case)
+            scored = _score_prediction(prediction, protocol, baselines[prediction.sources], known)
         except DataError as error:
             faults.append(str(error))
-    _refuse(predictions, faults)
+            continue
+        slice_rows += scored.slices
+        case_rows += scored.cases
+        missing += scored.missing
+        notes += scored.notes
+    _refuse(predictions, faults + ([] if allow_missing else missing))
     cases_table = pd.DataFrame(case_rows)
-    evaluation = Evaluation(protocol, pd.DataFrame(slice_rows), cases_table, _summarise(cases_table, protocol))
-    _write(evaluation, out)
+    other = None if against is None else read_cases(Path(against), cases_table, protocol)
+    evaluation = Evaluation(
+        protocol,
+        pd.DataFrame(slice_rows),
+        cases_table,
+        summarise(cases_table, protocol, Counter((case.split, case.source) for case in unpredicted)),
+        patients_of(cases_table),
+        statistics_of(cases_table, protocol, other, str(against)),
+        tuple(notes),
+        tuple(missing),
+    )
+    write(evaluation, out)
     return evaluation
 
 
@@ -102,11 +120,17 @@ def _refuse(predictions: Path, faults: list[str], most: int = 8) -> None:
         raise DataError(f"{predictions}: nothing was evaluated: {' · '.join(faults[:most])}{more}")
 
 
+def _why_no_baseline(cases: list[Case]) -> str:
+    if not any(case.split == "train" for case in cases):
+        return "the manifest has no training case, on which a fit or curve could be made: these rows are left out"
+    return "no training case has its sources in the target's unit: rows of fits and curves are left out"
+
+
 # Match: which prediction is of which case.
 
 
-def _match(predictions: Path, cases: list[Case]) -> tuple[list[_Prediction], list[str]]:
-    """The predictions in the manifest's order, and a line for each fault."""
+def _match(predictions: Path, cases: list[Case]) -> tuple[list[_Prediction], list[Case], list[str]]:
+    """The predictions in the manifest's order, the test cases that should have one, and a line for each fault."""
     if not predictions.is_dir():
         raise DataError(f"{predictions}: no such folder; give the folder that seresvit predict wrote")
     known = {(case.patient, case.source): case for case in cases}
@@ -135,13 +159,14 @@ def _match(predictions: Path, cases: list[Case]) -> tuple[list[_Prediction], lis
         faults.append(f"the predictions are of {len(checkpoints)} different checkpoints: predict all of them again")
     predicted = {(case.patient, case.source) for prediction in found.values() for case in prediction.cases}
     sources = {source for _, source in predicted}
-    faults += [
-        f"{case.name} is a test case without prediction: predict it too"
+    unpredicted = [
+        case
         for case in cases
         if case.split == "test" and case.source in sources and (case.patient, case.source) not in predicted
     ]
     order = {(case.patient, case.source): place for place, case in enumerate(cases)}
-    return sorted(found.values(), key=lambda p: order[p.cases[0].patient, p.cases[0].source]), faults
+    in_order = sorted(found.values(), key=lambda p: order[p.cases[0].patient, p.cases[0].source])
+    return in_order, unpredicted, faults
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
@@ -156,10 +181,31 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 # Score: every method on the same slices of the same target.
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """The rows of one prediction, a row a slice or case and method, and lines on what is lacking."""
+
+    slices: list[dict[str, Any]]
+    cases: list[dict[str, Any]]
+    missing: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """What every method of a case is scored against: `values` in the protocol's, `numbers` of its slices."""
+
+    pair: Pair
+    numbers: np.ndarray
+    values: np.ndarray
+    texture: TargetTexture
+
+
 def _score_prediction(
-    prediction: _Prediction, protocol: str, curve: Curve | None
-) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
-    """For each method the rows of its slices and the row of the case. Raises DataError, naming the prediction."""
+    prediction: _Prediction, protocol: str, baselines: list[Baseline], known: dict[tuple[str, str], Case]
+) -> _Scored:
+    """Raises DataError, naming the prediction, when it cannot be scored."""
+    name = prediction.folder.name
     pair, predicted = load_prediction(prediction.folder, prediction.record, prediction.cases)
     units = find_protocol(protocol).units
     if pair.target.unit not in units:
@@ -167,33 +213,41 @@ def _score_prediction(
             f"{pair.target.path} holds {pair.target.unit} values, protocol {protocol} compares {' or '.join(units)}: "
             f"choose another protocol"
         )
+    pair, numbers, array, missing, num_missing = _on_shared_slices(pair, predicted, prediction)
     recorded = Intensity.from_dict(prediction.record["intensity"]) if prediction.record.get("intensity") else None
     recorded_scale = recorded.high if recorded and recorded.kind == "percentile" else None
-    methods: list[tuple[str, np.ndarray, float | None]] = [
-        (METHODS[0], _on_target_slices(predicted, prediction.folder.name, pair), recorded_scale)
-    ]
+    methods: list[tuple[str, np.ndarray, float | None]] = [(METHODS[0], array, recorded_scale)]
     # An MR compared with a CT voxel by voxel would be a number without meaning.
     if pair.source.unit == pair.target.unit:
         methods.append((METHODS[1], pair.source.array, None))
-    if curve is not None:
-        methods.append((METHODS[2], np.interp(pair.source.array, *curve), None))
+    notes = []
+    for baseline in baselines:
+        sources = _sources_of(baseline, prediction, pair, known)
+        if sources is None:
+            needed = " and ".join(baseline.sources)
+            notes.append(f"{name}: no {baseline.method}, which needs {needed} on every slice, in the target's unit")
+            continue
+        values = [in_protocol_values(source, protocol) for source in sources]
+        methods.append((baseline.method, baseline.apply(values), 1.0))  # MR is scaled already
     case = prediction.cases[0]
-    scored = []
+    target = _target(pair, numbers, protocol)
+    scored = _Scored([], [], missing, notes)
     for method, array, scale in methods:
-        identity = dict(zip(IDENTITY, (case.patient, prediction.source, case.split, method), strict=True))
+        identity = dict(zip(IDENTITY, (case.patient, "+".join(prediction.sources), case.split, method), strict=True))
         try:
-            of_slices, of_case = _score_method(pair, array, scale, protocol)
+            of_slices, of_case = _score_method(target, array, scale, protocol)
         except DataError as error:
-            raise DataError(f"{prediction.folder.name}, {method}: {error}") from None
-        scored.append(([identity | row for row in of_slices], identity | of_case))
+            raise DataError(f"{name}, {method}: {error}") from None
+        scored.slices.extend(identity | row for row in of_slices)
+        scored.cases.append(identity | {"slices": len(of_slices), "missing_slices": num_missing} | of_case)
     return scored
 
 
 def load_prediction(folder: Path, record: dict[str, Any], cases: tuple[Case, ...]) -> tuple[Pair, Volume]:
     """The images of a case and what was predicted in `folder`, on the target's grid, where every protocol scores.
 
-    They are resampled to it where the prediction's record says that the network was trained so, and else never. Raises
-    DataError when an image cannot be read or the prediction lacks a slice.
+    They are resampled to it where the prediction's record says that the network was trained so, and else never; slices
+    that the prediction then does not reach are left out of it. Raises DataError when an image cannot be read.
     """
     if record.get("mark") == "burned":
         raise DataError(f"{folder.name} has a word burned into its pixels: predict it again without --mark burned")
@@ -202,10 +256,15 @@ def load_prediction(folder: Path, record: dict[str, Any], cases: tuple[Case, ...
     if not geometry.resample:
         return pair, predicted
     predicted, covered = resampled(predicted, pair.target, geometry.interpolation)
-    if lacking := int((~covered.any(axis=(1, 2))).sum()):
-        raise DataError(f"{folder.name} lacks {lacking} of {len(covered)} slices of its target: predict it again")
+    reached = np.flatnonzero(covered.any(axis=(1, 2)))
+    if not reached.size:
+        raise DataError(f"{folder.name} reaches no slice of its target: predict it again")
     # The reader may not have known the unit, and where nothing was predicted the target's background counts.
-    return pair, only_inside(replace(predicted, unit=pair.target.unit), covered)
+    predicted = only_inside(replace(predicted, unit=pair.target.unit), covered)
+    affine = predicted.affine.copy()
+    affine[:3, 3] = origins_mm(predicted, predicted.positions_mm[reached[:1]])[0]
+    positions_mm = predicted.positions_mm[reached]
+    return pair, replace(predicted, array=predicted.array[reached], affine=affine, positions_mm=positions_mm)
 
 
 def _geometry(record: dict[str, Any]) -> DataSettings:
@@ -219,158 +278,102 @@ def _geometry(record: dict[str, Any]) -> DataSettings:
         ) from None
 
 
-def _on_target_slices(volume: Volume, name: str, pair: Pair) -> np.ndarray:
-    """The predicted array (Z, Y, X) in the order of the target's slices; slices that the target lacks are left out."""
-    if different := same_grid(volume, pair.target):
+def _on_shared_slices(
+    pair: Pair, predicted: Volume, prediction: _Prediction
+) -> tuple[Pair, np.ndarray, np.ndarray, list[str], int]:
+    """The pair cut to the slices that were predicted, their numbers in it, and the predicted array (Z, Y, X) in that
+    order; then what is lacking, in words and as a number of slices. Slices that the target lacks are left out."""
+    name = prediction.folder.name
+    if different := same_grid(predicted, pair.target):
         raise DataError(f"{name} is not on the target's grid: {different}; predict it again")
-    in_target, in_prediction = matched_slices(pair.target, volume)
-    missing = np.setdiff1d(np.arange(len(pair.target.array)), in_target)
-    if missing.size:
-        raise DataError(
-            f"{name} lacks {missing.size} of {len(pair.target.array)} slices of its target "
-            f"(the first at {pair.target.positions_mm[missing[0]]:.2f} mm): predict it again"
+    in_target, in_prediction = matched_slices(pair.target, predicted)
+    lacking = np.setdiff1d(np.arange(len(pair.target.array)), in_target)
+    words = []
+    if lacking.size:
+        words.append(
+            f"{name} lacks {lacking.size} of {len(pair.target.array)} slices of its target "
+            f"(the first at {pair.target.positions_mm[lacking[0]]:.2f} mm): predict it again"
         )
-    return volume.array[in_prediction]
+    if not in_target.size:
+        raise DataError(words[0])
+    strange = 0
+    if not _geometry(prediction.record).resample:
+        strange = max(0, len(predicted.array) - int(prediction.record.get("num_slices", len(predicted.array))))
+    if strange:
+        words.append(f"{name} holds {strange} slices that were not predicted: predict it again")
+    array, num_missing = predicted.array[in_prediction], int(lacking.size) + strange
+    if not lacking.size:
+        return pair, in_target, array, words, num_missing
+
+    def cut(volume: Volume) -> Volume:
+        return replace(volume, array=volume.array[in_target], positions_mm=volume.positions_mm[in_target])
+
+    labels = None if pair.labels is None else pair.labels[in_target]
+    pair = replace(pair, sources=tuple(map(cut, pair.sources)), target=cut(pair.target), labels=labels)
+    return pair, in_target, array, words, num_missing
+
+
+def _sources_of(
+    baseline: Baseline, prediction: _Prediction, pair: Pair, known: dict[tuple[str, str], Case]
+) -> list[np.ndarray] | None:
+    """The arrays that the baseline is applied to, on the slices of `pair`; None where this patient lacks them."""
+    if baseline.sources == prediction.sources:
+        volumes = pair.sources
+    else:
+        patient = prediction.cases[0].patient
+        cases = [known[patient, source] for source in baseline.sources if (patient, source) in known]
+        if len(cases) < len(baseline.sources):
+            return None
+        other = load_pair(*cases, data=_geometry(prediction.record), to_score=True)
+        in_pair, in_other = matched_slices(pair.target, other.target)
+        if len(in_pair) < len(pair.target.array):
+            return None
+        volumes = tuple(replace(volume, array=volume.array[in_other]) for volume in other.sources)
+    if {volume.unit for volume in volumes} != {pair.target.unit}:
+        return None
+    return [volume.array for volume in volumes]
+
+
+def _target(pair: Pair, numbers: np.ndarray, protocol: str) -> _Target:
+    values = in_protocol_values(pair.target.array, protocol)
+    is_hu = pair.target.unit == "HU"
+    inside = values > (BODY_ABOVE_HU if is_hu else 0) if pair.labels is None else pair.labels > 0
+    soft = inside & (tissue_map(values) == 1 + list(TISSUES_HU).index("soft")) if is_hu else None
+    return _Target(pair, numbers, values, target_texture(values, inside, soft, pair.target.spacing_mm_zyx[1:]))
 
 
 def _score_method(
-    pair: Pair, array: np.ndarray, scale: float | None, protocol: str
+    target: _Target, array: np.ndarray, scale: float | None, protocol: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of the slices that count, and the row of the case: its volume's score, or the mean over these slices."""
-    target, labels = pair.target.array, pair.labels
-    error = np.abs(in_protocol_values(target, protocol) - in_protocol_values(array, protocol, scale))
+    pair, labels = target.pair, target.pair.labels
+    values = in_protocol_values(array, protocol, scale)
     of_volume = {}
     if find_protocol(protocol).per == "slice":
-        of_slices = score_slices(target, array, protocol, scale)
+        of_slices = score_slices(pair.target.array, array, protocol, scale)
     else:
         mask = None if labels is None else labels > 0
-        of_volume = score(target, array, mask, protocol)
+        of_volume = score(pair.target.array, array, mask, protocol)
+        error = np.abs(target.values - values)
         of_slices = [{"mae": _mean(e if mask is None else e[mask[z]])} for z, e in enumerate(error)]
     counted = [z for z, metrics in enumerate(of_slices) if metrics]
     if not counted:
         raise DataError(f"no slice counts under protocol {protocol}, since each is almost empty; is the target right?")
-
-    def per_label(where: Any) -> dict[str, float]:
-        if labels is None:
-            return {}
-        return {f"mae_{name}": _mean(error[where][labels[where] == value]) for name, value in pair.label_names.items()}
-
+    is_hu = pair.target.unit == "HU"
+    tallied = tally(target.values, values, labels, pair.label_names, is_hu)
     rows = [
-        {"slice": z, "position_mm": float(pair.target.positions_mm[z]), **of_slices[z], **per_label(z)} for z in counted
+        {"slice": int(target.numbers[z]), "position_mm": float(pair.target.positions_mm[z])}
+        | of_slices[z]
+        | region_scores(tallied, [z])
+        for z in counted
     ]
     metrics = of_volume or {
         name: float(np.mean([of_slices[z][name] for z in counted])) for name in of_slices[counted[0]]
     }
-    return rows, {"slices": len(counted), **metrics, **per_label(counted)}
+    texture = {"edge_sharpness": edge_sharpness(target.texture, values)}
+    texture |= noise_ratios(target.texture, values) if is_hu else {}
+    return rows, metrics | texture | region_scores(tallied, counted)
 
 
 def _mean(values: np.ndarray) -> float:
     return float(np.mean(values, dtype=np.float64)) if values.size else float("nan")
-
-
-def _fit_curves(predictions: list[_Prediction], cases: list[Case], protocol: str) -> dict[str, Curve]:
-    """Source → the monotone curve with the least squared error from source to target values, as points to interpolate.
-
-    Fitted on random pixels of at most CURVE_CASES random training patients, so that it is known before any test image;
-    none without a training split, and none for several channels. (Barlow et al. 1972, by pool adjacent violators.)
-    """
-    curves: dict[str, Curve] = {}
-    if protocol not in CURVE_PROTOCOLS:
-        return curves
-    for source, record in {p.source: p.record for p in predictions if len(p.cases) == 1}.items():
-        rng = np.random.default_rng(CURVE_SEED)
-        training = [case for case in cases if case.split == "train" and case.source == source]
-        pixels = []
-        for place in rng.permutation(len(training))[:CURVE_CASES]:
-            pair = load_pair(training[place], data=_geometry(record), to_score=True)
-            chosen = rng.integers(pair.target.array.size, size=min(CURVE_PIXELS_A_CASE, pair.target.array.size))
-            pixels.append(np.stack([pair.source.array.ravel()[chosen], pair.target.array.ravel()[chosen]]))
-        if pixels:
-            source_values, target_values = np.concatenate(pixels, axis=1).astype(np.float64)
-            levels, level_of, counts = np.unique(source_values, return_inverse=True, return_counts=True)
-            means = np.bincount(level_of, weights=target_values) / counts
-            curves[source] = levels, isotonic_regression(means, weights=counts).x
-    return curves
-
-
-# Tabulate: cases are the unit of statistics, since slices of one patient are alike.
-
-
-def _summarise(cases: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """One row a split, source ("all" last) and method: counts, each metric's mean and sample deviation over cases."""
-    metrics = [name for name in cases.columns if name not in (*IDENTITY, "slices")]
-    rows = []
-    for split, of_split in cases.groupby("split", sort=False):
-        groups = [*of_split.groupby("source", sort=False), ("all", of_split)]
-        for source, of_source in groups:
-            for method in METHODS:
-                of_method = of_source[of_source["method"] == method]
-                if of_method.empty:
-                    continue
-                row: dict[str, Any] = {"protocol": protocol, "split": split, "source": source, "method": method}
-                row |= {"patients": of_method["patient"].nunique(), "cases": len(of_method)}
-                row["slices"] = int(of_method["slices"].sum())
-                for name in metrics:
-                    # A patient may lack a tissue; a metric that could not be had must show.
-                    values = of_method[name].dropna() if name.startswith("mae_") else of_method[name]
-                    with np.errstate(invalid="ignore"):  # an infinite PSNR has no deviation
-                        row |= {f"{name}_mean": values.mean(skipna=False), f"{name}_std": values.std(skipna=False)}
-                rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _write(evaluation: Evaluation, out: Path) -> None:
-    tables = {"summary": evaluation.summary, "cases": evaluation.cases, "slices": evaluation.slices}
-    for name, table in tables.items():
-        with written_whole(out / f"{name}.csv") as path:
-            table.to_csv(path, index=False)
-    with written_whole(out / "evaluation.xlsx") as path, pd.ExcelWriter(path, engine="openpyxl") as workbook:
-        for sheet_name, table in zip(("Summary", "Patient_Average", "Detail"), tables.values(), strict=True):
-            table.to_excel(workbook, sheet_name=sheet_name, index=False, freeze_panes=(1, 0))
-            sheet = workbook.sheets[sheet_name]
-            for column, cells in zip(table.columns, sheet.columns, strict=True):
-                cells[0].font = Font(bold=True)
-                for cell in cells[1:]:
-                    if isinstance(cell.value, float):
-                        cell.number_format = "0." + "0" * _digits(column, evaluation.protocol)
-                texts = [len(cell.value) if isinstance(cell.value, str) else 8 for cell in cells]
-                sheet.column_dimensions[cells[0].column_letter].width = min(max(texts) + 2, 40)
-
-
-def _digits(column: str, protocol: str) -> int:
-    """Decimals to show: two for HU and dB, four for shares of one."""
-    metric = column.removesuffix("_mean").removesuffix("_std")
-    return 4 if metric in SHARES or (protocol == "mr" and metric.startswith("mae")) else 2
-
-
-def render_table(evaluation: Evaluation) -> Table:
-    """The summary for a terminal: a row a source and method, metrics as mean ± standard deviation over cases."""
-    summary = evaluation.summary
-    hidden = {"split": summary["split"].nunique() == 1, "source": summary["source"].nunique() == 2}
-    if hidden["source"]:  # one source: "all" says the same again
-        summary = summary[summary["source"] != "all"]
-    unit = "HU" if "HU" in find_protocol(evaluation.protocol).units else ""
-    units = {"mae": unit, "rmse": unit, "psnr": "dB"}
-    metrics = [column.removesuffix("_mean") for column in summary.columns if column.endswith("_mean")]
-    table = Table(title=f"Protocol {evaluation.protocol}: mean ± standard deviation over cases")
-    leading = [name for name in ("split", "source", "method") if not hidden.get(name)]
-    for name in leading:
-        table.add_column(name)
-    table.add_column("cases", justify="right")
-    for metric in metrics:
-        name, _, label = metric.partition("mae_")
-        shown = f"MAE {label}" if label else name.upper().replace("_", "-")
-        of_unit = units.get("mae" if label else name, "")
-        table.add_column(escape(f"{shown} [{of_unit}]" if of_unit else shown), justify="right")
-    for row in summary.to_dict("records"):
-        cells = [_mean_and_std(row, metric, evaluation.protocol) for metric in metrics]
-        table.add_row(*(escape(row[name]) for name in leading), str(row["cases"]), *cells)
-    return table
-
-
-def _mean_and_std(row: dict[Any, Any], metric: str, protocol: str) -> str:
-    mean, std = row[f"{metric}_mean"], row[f"{metric}_std"]
-    digits = _digits(metric, protocol)
-    if np.isnan(mean):
-        return "–"
-    return f"{mean:.{digits}f}" + ("" if np.isnan(std) else f" ± {std:.{digits}f}")

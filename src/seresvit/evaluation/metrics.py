@@ -18,6 +18,7 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MS_SSIM_MIN_SIZE = 97
 MR_PERCENTILE = 99.5
 MR_MIN_FOREGROUND = 0.05
+HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Protocol:
 
     `per`: what one score belongs to; `units`: what the images may hold; `clip`: values beyond are cut (MR: after its
     own scaling; the SynthRAD protocols: for PSNR and SSIM, not for MAE); `data_range`: of PSNR and SSIM; `mask`:
-    whether a mask may be given, or the target's foreground is taken, or every pixel counts.
+    whether a mask may be given, or the target's foreground is taken, or every pixel counts; `metrics`: their names.
     """
 
     per: Literal["slice", "volume"]
@@ -34,6 +35,7 @@ class Protocol:
     clip: tuple[float, float] | None
     data_range: float
     mask: Literal["none", "foreground", "given"]
+    metrics: tuple[str, ...]
     compute: Callable[[np.ndarray, np.ndarray, np.ndarray, "Protocol"], dict[str, float]]
 
 
@@ -69,20 +71,53 @@ def _synthrad2023(target: np.ndarray, prediction: np.ndarray, mask: np.ndarray, 
 
 
 def _synthrad2025(target: np.ndarray, prediction: np.ndarray, mask: np.ndarray, protocol: Protocol) -> dict[str, float]:
-    """Thummerer et al., Med. Phys. 2025, and the challenge's evaluation code."""
+    """Thummerer et al., Med. Phys. 2025, and the challenge's evaluation code: luminance counts at every scale."""
+    return _synthrad2025_with(MS_SSIM_WEIGHTS, target, prediction, mask, protocol)
+
+
+def _synthrad2025_corrected(
+    target: np.ndarray, prediction: np.ndarray, mask: np.ndarray, protocol: Protocol
+) -> dict[str, float]:
+    """The same with luminance at the coarsest scale only, as Wang et al. 2003, Eq. 7, have it."""
+    coarsest_only = (0.0,) * (len(MS_SSIM_WEIGHTS) - 1) + MS_SSIM_WEIGHTS[-1:]
+    return _synthrad2025_with(coarsest_only, target, prediction, mask, protocol)
+
+
+def _synthrad2025_with(
+    luminance_weights: tuple[float, ...],
+    target: np.ndarray,
+    prediction: np.ndarray,
+    mask: np.ndarray,
+    protocol: Protocol,
+) -> dict[str, float]:
     mae = _mean_absolute(target[mask], prediction[mask])
     target, prediction = _masked_from_zero(target, mask, protocol), _masked_from_zero(prediction, mask, protocol)
     psnr = _psnr(_mean_square(target[mask], prediction[mask]), protocol.data_range)
-    return {"mae": mae, "psnr": psnr, "ms_ssim": _ms_ssim(target, prediction, mask, protocol.data_range)}
+    ms_ssim = _ms_ssim(target, prediction, mask, protocol.data_range, luminance_weights)
+    return {"mae": mae, "psnr": psnr, "ms_ssim": ms_ssim}
 
 
+_OF_SLICES = ("mae", "rmse", "psnr", "ssim")
+_OF_2025 = ("mae", "psnr", "ms_ssim")
 PROTOCOLS = {
-    "dect": Protocol("slice", ("HU",), None, 4095.0, "none", _whole_slice),
-    "uint8": Protocol("slice", ("uint8",), None, 255.0, "none", _whole_slice),
-    "mr": Protocol("slice", ("arbitrary", "uint8"), (0.0, 1.0), 1.0, "foreground", _mr_slice),
-    "synthrad2023": Protocol("volume", ("HU",), (-1024.0, 3000.0), 4024.0, "given", _synthrad2023),
-    "synthrad2025": Protocol("volume", ("HU",), (-1024.0, 3071.0), 4095.0, "given", _synthrad2025),
+    "dect": Protocol("slice", ("HU",), None, 4095.0, "none", _OF_SLICES, _whole_slice),
+    "uint8": Protocol("slice", ("uint8",), None, 255.0, "none", _OF_SLICES, _whole_slice),
+    "mr": Protocol(
+        "slice", ("arbitrary", "uint8"), (0.0, 1.0), 1.0, "foreground", ("mae", "psnr", "ssim", "nmse"), _mr_slice
+    ),
+    "synthrad2023": Protocol(
+        "volume", ("HU",), (-1024.0, 3000.0), 4024.0, "given", ("mae", "psnr", "ssim"), _synthrad2023
+    ),
+    "synthrad2025": Protocol("volume", ("HU",), (-1024.0, 3071.0), 4095.0, "given", _OF_2025, _synthrad2025),
+    "synthrad2025-corrected": Protocol(
+        "volume", ("HU",), (-1024.0, 3071.0), 4095.0, "given", _OF_2025, _synthrad2025_corrected
+    ),
 }
+
+
+def main_metrics(protocol: str) -> tuple[str, ...]:
+    """The names of the protocol's own metrics, in the order of the tables. Raises ConfigError: no such protocol."""
+    return find_protocol(protocol).metrics
 
 
 def find_protocol(name: str) -> Protocol:
@@ -167,7 +202,7 @@ def _checked(target: np.ndarray, prediction: np.ndarray, protocol: Protocol) -> 
         raise DataError(f"expected a volume (Z, Y, X), found shape {target.shape}")
     # MS-SSIM alone pads what is smaller than its window.
     sides = target.shape[1:] if protocol.per == "slice" else target.shape
-    if min(sides) < SSIM_WINDOW and protocol.compute is not _synthrad2025:
+    if min(sides) < SSIM_WINDOW and "ssim" in protocol.metrics:
         raise DataError(f"an image of {sides} is smaller than the SSIM window of {SSIM_WINDOW}; SSIM is not defined")
     for name, array in (("target", target), ("prediction", prediction)):
         if not np.isfinite(array).all():
@@ -212,27 +247,34 @@ def _mean_inside(similarity: np.ndarray, mask: np.ndarray) -> float:
     return float(np.mean(values, dtype=np.float64)) if values.size else math.nan
 
 
-def _ms_ssim(target: np.ndarray, prediction: np.ndarray, mask: np.ndarray, data_range: float) -> float:
+def _ms_ssim(
+    target: np.ndarray,
+    prediction: np.ndarray,
+    mask: np.ndarray,
+    data_range: float,
+    luminance_weights: tuple[float, ...],
+) -> float:
     """MS-SSIM (Wang et al., Asilomar 2003) over a masked volume, as SynthRAD 2025 has it, which differs from the paper.
 
-    Luminance counts at every scale with that scale's weight (in the paper, at the last only); the weight is applied to
-    each voxel's similarity, before the mean; the window is uniform; the mask is thinned, not averaged; and halving
-    averages each voxel with the one before it, taking zero before the first.
+    Luminance counts at every scale with that scale's weight (in the paper, at the last only: `luminance_weights` says
+    which); the weight is applied to each voxel's similarity, before the mean; the window is uniform; the mask is
+    thinned, not averaged; and halving averages each voxel with the one before it, taking zero before the first.
     """
     lacking = [max(MS_SSIM_MIN_SIZE - size, 0) for size in target.shape]
     margins = [(n // 2, n - n // 2) for n in lacking]
     target, prediction, mask = (np.pad(array, margins, mode="edge") for array in (target, prediction, mask))
     product = 1.0
-    for weight in MS_SSIM_WEIGHTS:
-        similarity = _similarity(target, prediction, data_range) ** np.float32(weight)
+    for weight, luminance_weight in zip(MS_SSIM_WEIGHTS, luminance_weights, strict=True):
+        luminance, rest = _similarity(target, prediction, data_range)
+        similarity = luminance ** np.float32(luminance_weight) * rest ** np.float32(weight)
         product *= min(_mean_inside(similarity, mask), 1.0)
         target, prediction = (uniform_filter(a, 2, mode="constant")[::2, ::2, ::2] for a in (target, prediction))
         mask = mask[::2, ::2, ::2]
     return product
 
 
-def _similarity(target: np.ndarray, prediction: np.ndarray, data_range: float) -> np.ndarray:
-    """Luminance × contrast × structure around each voxel (Wang et al. 2004, Eq. 6, 9 and 10), none below zero."""
+def _similarity(target: np.ndarray, prediction: np.ndarray, data_range: float) -> tuple[np.ndarray, np.ndarray]:
+    """Luminance, and contrast × structure, around each voxel (Wang et al. 2004, Eq. 6, 9 and 10), none below zero."""
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     c3 = c2 / 2
     voxels = SSIM_WINDOW**target.ndim
@@ -245,4 +287,4 @@ def _similarity(target: np.ndarray, prediction: np.ndarray, data_range: float) -
     luminance = (2 * mean_t * mean_p + c1) / (mean_t * mean_t + mean_p * mean_p + c1)
     contrast = (2 * deviations + c2) / (variance_t + variance_p + c2)
     structure = (covariance + c3) / (deviations + c3)
-    return np.maximum(luminance, 0) * np.maximum(contrast, 0) * np.maximum(structure, 0)
+    return np.maximum(luminance, 0), np.maximum(contrast, 0) * np.maximum(structure, 0)
