@@ -28,16 +28,23 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # A file imports only from files above its own.
 ROOMS = [
     *("seresvit", "config", "data.volume", "data.dicom", "data.mark", "data.derivation", "data.enhanced"),
-    *("data.derived", "data.nifti", "data.pictures", "data", "data.deidentify"),
+    *("data.derived", "data.nifti", "data.pictures", "data", "data.deidentify", "data.workers"),
     *("data.geometry", "data.intensity", "data.bias", "data.pairing", "data.layouts", "data.pair"),
     *("data.registration", "data.checks", "data.audit_page", "data.audit"),
     *("data.prepared", "data.augmentation", "data.dataset", "data.phantom"),
     *("model", "model.fusion", "model.transformer", "model.generator", "model.discriminator", "model.checkpoint"),
+    "model.familiarity",
     *("training", "training.perceptual", "training.losses", "training.run", "training.stage", "training.processes"),
     *("training.train", "training.rehearsal"),
-    *("synthesis", "synthesis.predict", "synthesis.export"),
-    *("evaluation", "evaluation.metrics", "evaluation.statistics", "evaluation.evaluate", "evaluation.gates"),
-    *("evaluation.compare", "evaluation.report", "serving", "cli", "__main__"),
+    *("synthesis", "synthesis.export", "synthesis.backends", "synthesis.tiles", "synthesis.ensemble"),
+    *("synthesis.intervals", "synthesis.pipeline", "synthesis.predictor", "synthesis.calibrate", "synthesis.predict"),
+    "synthesis.quantise",
+    *("evaluation", "evaluation.tissues", "evaluation.metrics", "evaluation.statistics", "evaluation.regions"),
+    *("evaluation.texture", "evaluation.baselines", "evaluation.tables", "evaluation.evaluate"),
+    *("evaluation.figures", "evaluation.gates", "evaluation.knockouts", "evaluation.gate_figures", "evaluation.explain"),
+    *("evaluation.trials", "evaluation.cost", "evaluation.compare", "evaluation.page", "evaluation.scores"),
+    *("evaluation.charts", "evaluation.panels", "evaluation.viewer", "evaluation.provenance", "evaluation.report"),
+    *("serving", "cli", "__main__"),
 ]
 
 # Spellings that scripts may rely on, and values that the command must see.
@@ -49,10 +56,15 @@ FIXED_SPELLINGS = {
     "audit ROOT --source T1 --target T2 --layout aligned-png": {"layout": "aligned-png"},
     "train CONFIG --manifest m.csv --run-dir runs/NAME --dry-run": {"run_dir": Path("runs/NAME"), "dry_run": True},
     "train CONFIG --manifest m.csv --run-dir NAME --set a=1 --set b=2": {"overrides": ["a=1", "b=2"]},
-    "predict CHECKPOINT INPUT OUT --device cpu": {"source": Path("INPUT"), "device": "cpu"},
+    "predict CHECKPOINT INPUT OUT --device cpu": {"source": Path("INPUT"), "device": "cpu", "backend": "torch"},
+    "predict CHECKPOINT INPUT OUT --backend auto": {"backend": "auto"},
+    "predict CHECKPOINT INPUT OUT --backend openvino": {"backend": "openvino"},
     "evaluate PREDICTIONS --manifest m.csv --protocol synthrad2025 --out DIR": {"protocol": "synthrad2025"},
     "explain CHECKPOINT --manifest m.csv --out DIR": {"checkpoint": Path("CHECKPOINT"), "out": Path("DIR")},
+    "compare CONFIG --manifest m.csv --fusions concat,se --seeds 3 --out DIR": {"fusions": "concat,se", "seeds": 3},
     "convert IN OUT": {"source": Path("IN"), "out": Path("OUT")},
+    "predict CHECKPOINT INPUT OUT --flips --ensemble a": {"flips": True, "ensemble": [Path("a")]},
+    "calibrate CHECKPOINT --manifest m.csv --split val --held-out test": {"checkpoint": Path("CHECKPOINT")},
     "demo": {"out": Path("demo")},
 }
 

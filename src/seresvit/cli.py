@@ -27,6 +27,12 @@ NormStatistics = Annotated[
     Literal["running", "image"],
     typer.Option(help="image: normalise by each image, for old checkpoints tested in train mode"),
 ]
+Flips = Annotated[bool, typer.Option("--flips", help="average with the prediction of the mirror image")]
+Planes = Annotated[bool, typer.Option("--planes", help="average over three orthogonal planes; cubic voxels only")]
+Tiles = Annotated[bool, typer.Option("--tiles", help="images larger than trained: overlapping tiles, shared gates")]
+Ensemble = Annotated[
+    list[Path] | None, typer.Option("--ensemble", help="another checkpoint to average with; repeatable")
+]
 
 
 @app.command()
@@ -186,32 +192,85 @@ def predict(
     split: Annotated[str, typer.Option(help="which cases of a manifest: train, val, test or all")] = "test",
     device: Device = "auto",
     norm_statistics: NormStatistics = "running",
+    backend: Annotated[
+        str, typer.Option(help="torch, auto (fast, checked against torch) or another; see docs/prediction.md")
+    ] = "torch",
     mark: Annotated[
         Literal["overlay", "burned"] | None,
         typer.Option(help="the word SYNTHETIC on every slice: a DICOM overlay plane, or in the pixels"),
     ] = None,
     anonymize: Annotated[bool, typer.Option("--anonymize", help="write nothing that tells who the patient is")] = False,
+    flips: Flips = False,
+    planes: Planes = False,
+    tiles: Tiles = False,
+    ensemble: Ensemble = None,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="a second series: how wide the interval, or the spread, is")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="refuse a source that is unlike the training")] = False,
 ) -> None:
     """Synthesise a series, a volume or a manifest's cases.
 
-    The geometry stays that of the source; DICOM comes out as a derived series.
+    The geometry stays that of the source; DICOM comes out as a derived series. A manifest is shared out among the
+    processes of torchrun -m seresvit predict, and cases that are finished are left as they are.
     """
     from seresvit.data.volume import DataError
+    from seresvit.synthesis.ensemble import Members
+    from seresvit.synthesis.pipeline import rank_and_size, wait_for_all
     from seresvit.synthesis.predict import Predictor, predict_manifest, predict_path
 
-    predictor = Predictor(checkpoint, device, norm_statistics)
+    members = Members(flips, planes, tiles, tuple(ensemble or ()))
+    predictor = Predictor(checkpoint, device, norm_statistics, backend, members)
     if source.suffix != ".csv":
-        written = predict_path(predictor, source, out, mark, anonymize)
+        written = predict_path(predictor, source, out, mark, anonymize, uncertainty, strict)
         say(f"synthetic {predictor.target_name or 'target'} → {written}")
         warn_of_doubts([out])
         return
-    failures = predict_manifest(predictor, source, out, split, bar("synthesising"), mark, anonymize)
+    is_first = rank_and_size()[0] == 0
+    progress = bar("synthesising") if is_first else iter
+    failures = predict_manifest(predictor, source, out, split, progress, mark, anonymize, uncertainty, strict)
     for failure in failures:
         say(f"failed: {failure.name}: {failure.reason}")
-    warn_of_doubts(sorted(out.iterdir()) if out.is_dir() else [])
+    wait_for_all()
+    if is_first:
+        warn_of_doubts(sorted(out.iterdir()) if out.is_dir() else [])
     if failures:
         raise DataError(f"{source}: {len(failures)} cases failed, listed above; the others are in {out}")
     say(f"synthetic {predictor.target_name or 'target'} of every {split} case → {out}")
+
+
+@app.command()
+def calibrate(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    split: Annotated[str, typer.Option(help="whose patients the intervals are taken from")] = "val",
+    held_out: Annotated[str, typer.Option(help="whose patients they are tried on")] = "test",
+    coverage: Annotated[float, typer.Option(min=0.5, max=0.99, help="share of voxels inside")] = 0.9,
+    device: Device = "auto",
+    norm_statistics: NormStatistics = "running",
+    flips: Flips = False,
+    planes: Planes = False,
+    tiles: Tiles = False,
+    ensemble: Ensemble = None,
+) -> None:
+    """Intervals for `predict --uncertainty`, and how often they hold.
+
+    Written beside the checkpoint; they are for predictions with these very flips, planes, tiles and checkpoints.
+    """
+    from seresvit.evaluation.tissues import TISSUES_HU
+    from seresvit.synthesis.calibrate import calibrate as calibrated
+    from seresvit.synthesis.ensemble import Members
+    from seresvit.synthesis.predictor import Predictor, intervals_path
+
+    members = Members(flips, planes, tiles, tuple(ensemble or ()))
+    predictor = Predictor(checkpoint, device, norm_statistics, members=members)
+    intervals, table = calibrated(predictor, manifest, split, held_out, coverage, TISSUES_HU, bar("calibrating"))
+    for region, row in table.iterrows():
+        say(
+            f"{region}: {row['inside']:.1%} of voxels inside ({row['lowest']:.1%} to {row['highest']:.1%} of "
+            f"{row['patients']:.0f} held-out patients), half-width {row['half_width']:.1f}"
+        )
+    say(f"{coverage:.0%} intervals of {intervals.num_patients} patients → {intervals_path(checkpoint)}")
 
 
 @app.command()
@@ -220,17 +279,25 @@ def evaluate(
     manifest: Manifest,
     out: Out,
     protocol: Annotated[str, typer.Option(help="how to score; see docs/metrics.md")] = "dect",
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="count missing cases and slices in the summary, do not fail")
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="folder of another evaluation of the same cases, to compare with")
+    ] = None,
 ) -> Any:
-    """Score predictions against their targets: tables, page.
+    """Score predictions against their targets: tables, statistics by patient, page.
 
-    Writes slices.csv, cases.csv, summary.csv, evaluation.xlsx and report.html.
+    Writes summary, patients, cases, slices and statistics as CSV, evaluation.xlsx, evaluation.json and report.html.
     """
     from seresvit.evaluation import evaluate as evaluation
     from seresvit.evaluation.report import write_report
 
-    result = evaluation.evaluate(predictions, manifest, protocol, out)
+    result = evaluation.evaluate(predictions, manifest, protocol, out, allow_missing, against)
     report = write_report(out, predictions, manifest)
     show(evaluation.render_table(result))
+    for line in (*result.missing, *result.notes, *evaluation.sentences(result)):
+        say(line)
     say(f"tables → {out}, page → {report}")
     return result
 
@@ -242,28 +309,86 @@ def explain(
     out: Out,
     split: Annotated[str, typer.Option(help="train, val, test or all")] = "test",
     device: Device = "auto",
+    knockouts: Annotated[
+        bool,
+        typer.Option("--knockouts/--no-knockouts", help="also switch parts of the gates off and measure the error"),
+    ] = True,
 ) -> None:
-    """What the gates did in each image, against its tissue.
+    """What the gates did in each image, and what the image loses without them.
 
-    Writes gates.csv, gates.json and gates.png, and adds them to report.html where it is.
+    Writes the tables, figures and gates.json of docs/gates.md, and adds them to report.html where it is.
     """
-    from seresvit.evaluation import gates
+    from seresvit.evaluation import explain as explaining
     from seresvit.evaluation.report import write_report
     from seresvit.synthesis.predict import Predictor
 
-    result = gates.explain(Predictor(checkpoint, device), manifest, out, split=split, progress=bar("reading gates"))
+    predictor = Predictor(checkpoint, device)
+    result = explaining.explain(predictor, manifest, out, split=split, knock_out=knockouts, progress=bar)
     report = write_report(out)
-    show(gates.render_table(result))
+    show(explaining.render_table(result))
     say(f"gates → {out}, page → {report}")
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML of differences from the defaults, see configs/")],
+    manifest: Manifest,
+    out: Out,
+    fusions: Annotated[str, typer.Option(help="values of model.fusion.kind, comma-separated")] = "concat,se",
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each fusion, from train.seed on")] = 3,
+    protocol: Annotated[str, typer.Option(help="how to score; see docs/metrics.md")] = "dect",
+    overrides: Overrides = None,
+    runs_only: Annotated[
+        bool,
+        typer.Option("--runs-only", help="write no tables: one more process at the runs"),
+    ] = False,
+) -> None:
+    """Fusions under one budget, several seeds: which is better?
+
+    Trains, predicts and evaluates every run, on all GPUs at once; the same command again goes on. Writes compare.csv,
+    comparisons.csv, patients.csv, curves.csv, curves.png, compare.json and report.html.
+    """
+    from seresvit.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from seresvit.data.volume import DataError
+    from seresvit.evaluation import compare as comparing
+    from seresvit.evaluation.report import write_comparison
+    from seresvit.evaluation.trials import Comparison, begin, work
+    from seresvit.training.processes import Stopped
+
+    asked = Comparison(settings, manifest, tuple(_names(fusions)), seeds, protocol, out)
+    try:
+        if runs_only:
+            begin(asked)
+            work(asked, say)
+            return
+        result = comparing.compare(asked, say, training_bar, bar("preparing"))
+    except Stopped as stopped:
+        say(f"{stopped}; the same command goes on from there")
+        raise typer.Exit(130 if stopped.signal == signal.SIGINT else 0) from None
+    show(comparing.render_table(result))
+    for line in (*result.record["verdict"], *result.record["notes"]):
+        say(line)
+    page = write_comparison(out)
+    failed = result.record["failed"]
+    for run in failed:
+        say(f"failed: {run['fusion']}, seed {run['seed']}: {run['reason']}")
+    if failed:
+        raise DataError(f"{out}: {len(failed)} runs failed, listed above; the tables are of the others")
+    say(f"tables → {out}, page → {page}")
 
 
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="latest_net_G.pth or model.safetensors")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="model.safetensors or latest_net_G.pth")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="model.safetensors, model.onnx, model.xml or net.pth")],
     overrides: Overrides = None,
+    int8: Annotated[
+        Path | None, typer.Option("--int8", metavar="IMAGES", help="ONNX, OpenVINO: 8-bit integers, set by these images")
+    ] = None,
 ) -> None:
-    """Turn a published .pth into our checkpoint, or back.
+    """Turn a published .pth into our checkpoint, or back; or our checkpoint into ONNX or OpenVINO.
 
     A .pth says nothing of its intensity rule: state it, as in --set data.window_hu=[-1024,3071].
     """
@@ -272,7 +397,18 @@ def convert(
     settings = load_config(None, overrides or [])
     from seresvit.model import checkpoint
 
-    checkpoint.convert(source, out, settings.data)
+    if int8:
+        from seresvit.evaluation.tissues import TISSUES_HU
+        from seresvit.synthesis.quantise import export_int8
+
+        errors = export_int8(source, out, int8, TISSUES_HU)
+        say("mean absolute error of int8: " + ", ".join(f"{name} {error:.2f}" for name, error in errors.items()))
+    elif out.suffix in (".onnx", ".xml"):
+        from seresvit.synthesis.export import export
+
+        export(source, out)
+    else:
+        checkpoint.convert(source, out, settings.data)
     say(f"{source} → {out}")
 
 

@@ -1,191 +1,29 @@
-"""Predictor: Volume → Volume, the only inference path in the project; and writing its results case by case."""
+"""Predictions written case by case: of one image, or of the cases of a manifest."""
 
 import hashlib
 import json
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from pydantic import ValidationError
-from torch import nn
 
 from seresvit import __version__
-from seresvit.config import ConfigError, DataSettings
+from seresvit.config import ConfigError
 from seresvit.data import read_volume, write_volume
-from seresvit.data.bias import without_bias
 from seresvit.data.deidentify import deidentified
-from seresvit.data.geometry import BACKGROUND, at_spacing, resampled
-from seresvit.data.intensity import MASKED_SHARE, Intensity, intensity_of
 from seresvit.data.mark import Mark
 from seresvit.data.pair import load_sources
-from seresvit.data.pairing import Case, load_channels, read_manifest
-from seresvit.data.volume import DataError, Volume, energy_kev_in, same_grid, written_whole
-from seresvit.model import checkpoint
+from seresvit.data.pairing import Case, image_hash, load_channels, read_manifest
+from seresvit.data.volume import DataError, Volume, written_whole
+from seresvit.synthesis.intervals import half_width
+from seresvit.synthesis.pipeline import overlapped, rank_and_size
+from seresvit.synthesis.predictor import Predictor
 
 RECORD = "prediction.json"
-BATCH_SIZE = 8
-# Pixels of nearly the trained spacing are not resampled: it would cost sharpness and change no anatomy's size.
-SAME_SPACING = 0.01
-
-
-class Predictor:
-    """A trained network and all that its checkpoint says of its input and output."""
-
-    def __init__(
-        self,
-        path: str | Path,
-        device: str = "auto",
-        norm_statistics: Literal["running", "image"] = "running",
-    ):
-        """Raises CheckpointError for an unusable file, ConfigError for a device that is not there.
-
-        `norm_statistics="image"` normalises each image by its own statistics, dropout off: what published code did at
-        test time by leaving its generator in train mode. It is for checkpoints that were chosen so.
-        """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device not in ("cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
-            raise ConfigError(f"--device {device}: expected auto, cpu or cuda")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"--device {device}: no CUDA device is visible; use --device cpu")
-        self.path = Path(path)
-        self.net = checkpoint.load(path, device)
-        self.header = self.net.header
-        self.device = torch.device(device)
-        try:
-            self.data = DataSettings.model_validate(self.header["data"])
-        except (KeyError, ValidationError) as error:
-            fault = " ".join(str(error).split())[:150]
-            raise checkpoint.CheckpointError(f"{path}: its header lacks usable data settings ({fault})") from None
-        self.batch_size = BATCH_SIZE
-        if norm_statistics == "image":
-            self.batch_size = 1
-            for module in self.net.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.train()
-                    module.momentum = 0.0
-
-    def __call__(self, *sources: Volume) -> Volume:
-        """The synthetic volume on the grid of the first source, in the target's unit, float32.
-
-        Several sources are the input channels, in the order of `data.channels`. Raises DataError for a number of
-        sources or an intensity unit that the network was not trained on, and for sources that do not share a grid
-        (unless `data.resample` gave them one in training: then `as_trained` does so here).
-        """
-        trained = self.as_trained(*sources)
-        synthetic = [self._synthesise(batch).float().cpu().numpy() for batch in self.batches(*trained)]
-        values = np.concatenate(synthetic)[:, 0]
-        if not np.isfinite(values).all():
-            raise DataError(f"{sources[0].path}: the network gave values that are not finite; check {self.path}")
-        target = self._target_intensity(trained[0])
-        on_trained = replace(trained[0], array=target.restore(values), unit=target.unit)
-        on_source, _ = resampled(on_trained, sources[0], self.data.interpolation)
-        return replace(sources[0], array=on_source.array, unit=target.unit, energy_kev=self.target_energy_kev)
-
-    def as_trained(self, *sources: Volume) -> tuple[Volume, ...]:
-        """The sources as training prepared them: without bias field (`data.n4`), on the grid of `data.resample`.
-
-        That is the first source's own grid, at the spacing that `data.resample` gives or, where training was on the
-        targets' grids, at theirs in the plane (the checkpoint's median). Its planes stay what they are.
-        """
-        sources = tuple(without_bias(volume, self.data) for volume in sources)
-        if not self.data.resample:
-            return sources
-        grid, trained_mm = sources[0], self.header.get("spacing_mm_yx")
-        if not isinstance(self.data.resample, str):
-            grid = at_spacing(grid, self.data.resample)
-        elif self.data.resample == "target" and trained_mm:
-            alike = np.allclose(grid.spacing_mm_zyx[1:], trained_mm, rtol=SAME_SPACING)
-            grid = grid if alike else at_spacing(grid, trained_mm)
-        on_grid = []
-        for volume in sources:
-            one, covered = resampled(volume, grid, self.data.interpolation)
-            if volume is not sources[0] and not covered.any(axis=(1, 2)).all():
-                raise DataError(f"{volume.path}: does not cover all slices of {sources[0].path}; leave the others out")
-            on_grid.append(one)
-        return tuple(on_grid)
-
-    @property
-    def target_name(self) -> str:
-        """What the network synthesises, as the manifest of its training called it."""
-        return self.header.get("target", "")
-
-    @property
-    def target_energy_kev(self) -> float | None:
-        """The energy that the target's name states, None when it states none."""
-        return energy_kev_in(self.target_name)
-
-    @cached_property
-    def checkpoint_sha256(self) -> str:
-        """The hash of the checkpoint file, read once however many cases are predicted."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def doubts(self, *sources: Volume) -> list[str]:
-        """One line for each thing in which the sources differ from what the network was trained on; usually none.
-
-        Looks at the energy, where the source and the names of the training sources state one, at the pixel spacing,
-        where the checkpoint records it and nothing is resampled to it (more than a quarter off), at the background,
-        and at files that could not be read as DICOM.
-        """
-        found = []
-        trained_kev = [kev for kev in map(energy_kev_in, self.header.get("sources", [])) if kev is not None]
-        trained_mm = self.header.get("spacing_mm_yx") if self.data.resample in ("", "source") else None
-        for volume in sources:
-            if volume.energy_kev and trained_kev and volume.energy_kev not in trained_kev:
-                trained = " and ".join(f"{kev:g}" for kev in trained_kev)
-                found.append(
-                    f"{volume.path}: a {volume.energy_kev:g} keV image; the network was trained on {trained} keV"
-                )
-            if trained_mm and not np.allclose(volume.spacing_mm_zyx[1:], trained_mm, rtol=0.25):
-                spacing, trained = (f"{y:.2f}×{x:.2f} mm" for y, x in (volume.spacing_mm_zyx[1:], trained_mm))
-                found.append(f"{volume.path}: pixels of {spacing}; the network was trained on {trained}")
-            if self.data.mask_background and (volume.array == BACKGROUND[volume.unit]).mean() < MASKED_SHARE:
-                found.append(f"{volume.path}: shows its background; the network was trained on masked images")
-            if unread := sum(file.endswith("not DICOM") for file in volume.set_aside):
-                found.append(f"{volume.path}: {unread} files are not DICOM and were left out; see that none is a slice")
-        return found
-
-    def batches(self, *sources: Volume) -> Iterator[torch.Tensor]:
-        """The slices as the network takes them: (B, C, H, W) float32 in [-1, 1] on its device, in order."""
-        context = self.data.context_slices
-        channels = self.net.settings.in_channels // (2 * context + 1)
-        if len(sources) != channels:
-            raise DataError(
-                f"{sources[0].path}: {len(sources)} source given, {self.path.name} takes {channels} channels"
-            )
-        for other in sources[1:]:
-            difference = same_grid(sources[0], other)
-            if difference or len(other.array) != len(sources[0].array):
-                raise DataError(f"{other.path}: differs from {sources[0].path} in {difference or 'number of slices'}")
-        rules = [intensity_of(volume, self.data.intensity.source, self.data) for volume in sources]
-        for start in range(0, len(sources[0].array), self.batch_size):
-            stop = min(start + self.batch_size, len(sources[0].array))
-            around = np.arange(start, stop)[:, None] + np.arange(-context, context + 1)
-            index = np.clip(around, 0, len(sources[0].array) - 1)
-            planes = [rule.normalise(volume.array[index]) for rule, volume in zip(rules, sources, strict=True)]
-            yield torch.from_numpy(np.concatenate(planes, axis=1)).to(self.device)
-
-    @torch.inference_mode()
-    def _synthesise(self, batch_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.net(batch_BCHW)
-
-    def _target_intensity(self, source: Volume) -> Intensity:
-        """The rule recorded in training; an imported network has none and gets the rule of its settings."""
-        if recorded := self.header.get("target_intensity"):
-            return Intensity.from_dict(recorded)
-        if self.data.intensity.target == "window":
-            return Intensity("window", *self.data.window_hu, "HU")
-        if self.data.intensity.target == "uint8":
-            return Intensity("uint8", 0.0, 255.0, "uint8")
-        return intensity_of(source, "percentile", self.data)
 
 
 @dataclass(frozen=True)
@@ -196,18 +34,59 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How results are written.
+
+    `mark` puts the word SYNTHETIC on every slice, `anonymize` leaves nothing of the patient, `uncertainty` adds a
+    second series, and `strict` refuses a source that `Predictor.doubts` doubts.
+    """
+
+    mark: Mark | None = None
+    anonymize: bool = False
+    uncertainty: bool = False
+    strict: bool = False
+
+
+class Loaded(NamedTuple):
+    """A case as it was read, the folder that it goes to, and the hash of all that its result depends on."""
+
+    sources: tuple[Volume, ...]
+    out: Path
+    patient: str
+    source: str
+    request: str
+
+
+class Made(NamedTuple):
+    """What is written of a case."""
+
+    out: Path
+    synthetic: Volume
+    uncertainty: Volume | None
+    record: dict[str, Any]
+
+
 def predict_path(
-    predictor: Predictor, source: Path, out: Path, mark: Mark | None = None, anonymize: bool = False
+    predictor: Predictor,
+    source: Path,
+    out: Path,
+    mark: Mark | None = None,
+    anonymize: bool = False,
+    uncertainty: bool = False,
+    strict: bool = False,
 ) -> Path:
     """Synthesise one folder of DICOM or PNG, or one image file, into the folder `out`, whole or not at all.
 
-    `mark` puts the word SYNTHETIC on every slice; `anonymize` leaves nothing of the patient in what is written.
+    The rest as in `Asked`. Raises ConfigError for an uncertainty of a single network that is not calibrated.
     """
-    volume = read_volume(source)
-    if not anonymize:
-        return _predict_into(predictor, (volume,), out, patient="", source=source.name, mark=mark)
-    volume = deidentified(volume)
-    return _predict_into(predictor, (volume,), out, patient=volume.patient, source="", mark=mark, anonymize=True)
+    asked = Asked(mark, anonymize, uncertainty, strict)
+    _check(predictor, asked)
+    volume = deidentified(read_volume(source)) if anonymize else read_volume(source)
+    named = (volume.patient, "") if anonymize else ("", source.name)
+    loaded = Loaded((volume,), out, *named, _request(predictor, asked, [source]))
+    _write(predictor, asked, _make(predictor, asked, loaded))
+    return out
 
 
 def predict_manifest(
@@ -218,84 +97,152 @@ def predict_manifest(
     progress: Callable[[list[tuple[Case, ...]]], Iterable[tuple[Case, ...]]] = iter,
     mark: Mark | None = None,
     anonymize: bool = False,
+    uncertainty: bool = False,
+    strict: bool = False,
 ) -> list[Failure]:
     """Synthesise every case of a split into OUT/<case>; the cases that failed, the others being done all the same.
 
-    `mark` and `anonymize` as in `predict_path`; anonymous cases are named by a pseudonym of the patient. Raises
-    ConfigError when the split has no case.
+    `mark` to `strict` as in `Asked`; anonymous cases are named by a pseudonym of the patient. A case that was finished
+    before, from the same files by the same checkpoint with the same options, is left as it is. Under torchrun each
+    process does its share. Raises ConfigError when the split has no case.
     """
+    asked = Asked(mark, anonymize, uncertainty, strict)
+    _check(predictor, asked)
     cases = [case for case in read_manifest(manifest) if split in ("all", case.split)]
     groups = load_channels(cases, predictor.data.channels) if cases else []
     if not groups:
         raise ConfigError(f"{manifest}: no case in the split '{split}'; choose --split train, val, test or all")
-    failures, written = [], set()
-    for group in progress(groups):
-        source = "+".join(case.source for case in group)
-        patient = group[0].patient
-        try:
-            volumes = tuple(load_sources(group, predictor.data))
-            if anonymize:
-                volumes = tuple(map(deidentified, volumes))
-                patient = volumes[0].patient
-            folder = out / f"{patient}_{source}"
-            if folder in written:
-                raise DataError(f"{folder}: another case of this study has that name; give it a source name of its own")
-            _predict_into(predictor, volumes, folder, patient=patient, source=source, mark=mark, anonymize=anonymize)
-            written.add(folder)
-        except (DataError, MemoryError) as error:
+    rank, num_processes = rank_and_size()
+    groups, taken = groups[rank::num_processes], set[Path]()
+
+    def read(group: tuple[Case, ...]) -> Loaded:
+        source, patient = "+".join(case.source for case in group), group[0].patient
+        images = [path for case in group for path in (case.source_path, case.mask_path) if path]
+        request = _request(predictor, asked, images)
+        if not anonymize and _is_finished(folder := out / f"{patient}_{source}", request):
+            return Loaded((), folder, patient, source, request)
+        volumes = tuple(load_sources(group, predictor.data))
+        if anonymize:
+            volumes = tuple(map(deidentified, volumes))
+            patient = volumes[0].patient
+        return Loaded(volumes, out / f"{patient}_{source}", patient, source, request)
+
+    def work(group: tuple[Case, ...], loaded: Loaded) -> Made | None:
+        if loaded.out in taken:
+            raise DataError(f"{loaded.out}: another case of this study has that name; give it a source name of its own")
+        taken.add(loaded.out)
+        return None if _is_finished(loaded.out, loaded.request) else _make(predictor, asked, loaded)
+
+    def write(group: tuple[Case, ...], made: Made | None) -> None:
+        if made:
+            _write(predictor, asked, made)
+
+    failures = []
+    steps = overlapped(groups, read, work, write, (DataError, MemoryError, torch.OutOfMemoryError))
+    for _, (group, error) in zip(progress(groups), steps, strict=True):
+        if error is not None:
             reason = str(error) if isinstance(error, DataError) else "more than fits into memory"
-            failures.append(Failure(f"{group[0].patient}_{source}", reason))
+            failures.append(Failure(f"{group[0].patient}_{'+'.join(case.source for case in group)}", reason))
     return failures
 
 
-def _predict_into(
-    predictor: Predictor,
-    sources: tuple[Volume, ...],
-    out: Path,
-    *,
-    patient: str,
-    source: str,
-    mark: Mark | None,
-    anonymize: bool = False,
-) -> Path:
-    _refuse_to_overwrite(out, sources)
-    started_s = time.monotonic()
-    synthetic = predictor(*sources)
-    elapsed_s = time.monotonic() - started_s
-    target = predictor.target_name or "target"
-    with written_whole(out) as temporary:
-        temporary.mkdir()
-        written = write_volume(
-            synthetic,
-            temporary,
-            description=f"Synthetic {target} (SE-ResViT)",
-            energy_kev=predictor.target_energy_kev,
-            checkpoint_sha256=predictor.checkpoint_sha256,
-            mark=mark,
+def _check(predictor: Predictor, asked: Asked) -> None:
+    members = predictor.members
+    if asked.uncertainty and not (members.flips or members.planes or members.checkpoints or predictor.intervals):
+        raise ConfigError(
+            f"--uncertainty: one prediction has no spread; add --flips, --planes or --ensemble, or calibrate "
+            f"{predictor.path} with these options first (seresvit calibrate)"
         )
-        record = {
-            "patient": patient,
-            "source": source,
-            "target": target,
-            "path": str(written.relative_to(temporary)),
-            "checkpoint": predictor.path.name if anonymize else str(predictor.path.absolute()),
-            "checkpoint_sha256": predictor.checkpoint_sha256,
-            "run": predictor.header.get("run", ""),
-            "intensity": predictor._target_intensity(sources[0]).as_dict(),
-            "resample": predictor.data.resample,
-            "interpolation": predictor.data.interpolation,
-            "n4": predictor.data.n4,
-            "mark": mark,
-            "anonymized": anonymize,
-            "num_slices": len(synthetic.array),
-            "doubts": [doubt.removeprefix(f"{v.path}: ") for v in sources for doubt in predictor.doubts(v)],
-            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "elapsed_s": round(elapsed_s, 3),
-            "device": str(predictor.device),
-            "seresvit_version": __version__,
-        }
+
+
+def _request(predictor: Predictor, asked: Asked, images: list[Path]) -> str:
+    """The hash of all that the result depends on: the images' bytes, the checkpoints, the options, the version."""
+    intervals = predictor.intervals.as_dict() if asked.uncertainty and predictor.intervals else None
+    parts = [[image_hash(image) for image in images], predictor.members_record, predictor.names, intervals]
+    options = [asked.mark, asked.anonymize, asked.uncertainty, __version__]
+    return hashlib.sha256(json.dumps([*parts, *options], sort_keys=True).encode()).hexdigest()
+
+
+def _is_finished(out: Path, request: str) -> bool:
+    """Whether the folder holds, whole, what that request gave before."""
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return record.get("request") == request and record.get("num_bytes") == _num_bytes(out)
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+
+
+def _make(predictor: Predictor, asked: Asked, loaded: Loaded) -> Made:
+    sources = loaded.sources
+    _refuse_to_overwrite(loaded.out, sources)
+    doubts = predictor.doubts(*sources)
+    if doubts and asked.strict:
+        raise DataError(f"{doubts[0]}; refused by --strict")
+    started_s = time.monotonic()
+    synthetic, spread, how = predictor.with_spread(*sources)
+    elapsed_s = time.monotonic() - started_s
+    for volume in sources:
+        doubts = [doubt.removeprefix(f"{volume.path}: ") for doubt in doubts]
+    uncertainty, intervals = None, predictor.intervals
+    if asked.uncertainty and intervals:
+        width = half_width(intervals, synthetic.array, None if spread is None else spread.array)
+        uncertainty = replace(synthetic, array=width, energy_kev=None)
+    elif asked.uncertainty and spread:
+        uncertainty = replace(spread, energy_kev=None)
+    record = {
+        "patient": loaded.patient,
+        "source": loaded.source,
+        "target": predictor.target_name or "target",
+        "checkpoint": predictor.path.name if asked.anonymize else str(predictor.path.absolute()),
+        "checkpoint_sha256": predictor.checkpoint_sha256,
+        "run": predictor.header.get("run", ""),
+        "doubts": [*doubts, *how.pop("dropped")],
+        **how,
+        "members": predictor.members_record,
+        "resample": predictor.data.resample,
+        "interpolation": predictor.data.interpolation,
+        "n4": predictor.data.n4,
+        "mark": asked.mark,
+        "anonymized": asked.anonymize,
+        "num_slices": len(synthetic.array),
+        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "elapsed_s": round(elapsed_s, 3),
+        "device": str(predictor.device),
+        "seresvit_version": __version__,
+        "request": loaded.request,
+    }
+    return Made(loaded.out, synthetic, uncertainty, record)
+
+
+def _write(predictor: Predictor, asked: Asked, made: Made) -> None:
+    target, record, intervals = made.record["target"], made.record, predictor.intervals
+
+    def written(volume: Volume, folder: Path, description: str, energy_kev: float | None) -> str:
+        path = write_volume(
+            volume,
+            folder,
+            description=description,
+            energy_kev=energy_kev,
+            checkpoint_sha256=predictor.checkpoint_sha256,
+            mark=asked.mark,
+        )
+        return str(path.relative_to(temporary))
+
+    with written_whole(made.out) as temporary:
+        temporary.mkdir()
+        description = f"Synthetic {target} (SE-ResViT)"
+        record["path"] = written(made.synthetic, temporary, description, predictor.target_energy_kev)
+        if made.uncertainty:
+            kind = f"half-width of {intervals.coverage:.0%} interval" if intervals else "spread, not calibrated"
+            path = written(made.uncertainty, temporary / "uncertainty", f"Uncertainty of {target}: {kind}", None)
+            kind, coverage = ("interval", intervals.coverage) if intervals else ("spread", None)
+            record["uncertainty"] = {"path": path, "kind": kind, "coverage": coverage, "unit": made.uncertainty.unit}
+        record["num_bytes"] = _num_bytes(temporary)
         (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    return out
 
 
 def _refuse_to_overwrite(out: Path, sources: tuple[Volume, ...]) -> None:
