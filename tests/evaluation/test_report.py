@@ -25,9 +25,10 @@ from seresvit.data.phantom import simulate
 from seresvit.data.volume import DataError
 from seresvit.evaluation.evaluate import evaluate
 from seresvit.evaluation.explain import explain
+from seresvit.evaluation.page import write_page
 from seresvit.evaluation.panels import CaseImages
 from seresvit.evaluation.report import write_report
-from seresvit.evaluation.viewer import linked_views
+from seresvit.evaluation.viewer import linked_views, scripts
 from seresvit.model import checkpoint
 from seresvit.model.generator import Generator
 from seresvit.synthesis.predict import Predictor, predict_manifest
@@ -155,19 +156,20 @@ def test_the_policy_lets_no_other_script_run(page):
 
 def test_the_page_warns_and_holds_the_numbers_of_the_summary(folder, page):
     assert "Synthetic images. Research software, not a medical device." in page.text
+    text = page.text.replace("−", "-")
     summary = pd.read_csv(folder / "evaluation" / "summary.csv")
     assert {"synthetic", "source unchanged", "intensity curve"} <= set(summary["method"])
     for row in summary.to_dict("records"):
-        assert row["method"] in page.text
+        assert row["method"] in text
         for metric in ("mae", "rmse", "psnr"):
-            assert f"{row[f'{metric}_mean']:.2f} ± {row[f'{metric}_std']:.2f}" in page.text
-        assert f"{row['ssim_mean']:.4f} ± {row['ssim_std']:.4f}" in page.text
+            assert f"{row[f'{metric}_mean']:.2f} ± {row[f'{metric}_std']:.2f}" in text
+        assert f"{row['ssim_mean']:.4f} ± {row['ssim_std']:.4f}" in text
         if row["source"] == "all":
             for region in ("bone", "contrast", "hu_bone"):
-                assert f"{row[f'mae_{region}_mean']:.2f}" in page.text
+                assert f"{row[f'mae_{region}_mean']:.2f}" in text
     network = summary[(summary["source"] == "all") & (summary["method"] == "synthetic")].iloc[0]
-    assert f"{network['bias_bone_mean']:+.2f}".replace("-", "−") in page.text
-    assert f"{network['dice_bone_mean']:.3f}" in page.text
+    assert f"{network['bias_bone_mean']:+.2f}" in text
+    assert f"{network['dice_bone_mean']:.3f}" in text
 
 
 def test_the_page_says_what_the_statistics_say(folder, page):
@@ -179,7 +181,7 @@ def test_the_page_says_what_the_statistics_say(folder, page):
 
 
 def test_the_best_of_each_column_is_bold(folder):
-    html = (folder / "evaluation" / "report.html").read_text()
+    html = (folder / "evaluation" / "report.html").read_text(encoding="utf-8").replace("−", "-")
     summary = pd.read_csv(folder / "evaluation" / "summary.csv")
     for _, rows in summary.groupby("source"):
         assert len(rows) > 2
@@ -328,22 +330,40 @@ def test_chromium_opens_the_page_without_a_fault(folder, opened):
         assert view.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
 
 
-def test_chromium_scrolls_the_linked_views(folder, opened):
-    view = opened(folder / "evaluation" / "report.html", 1280)
+def test_chromium_scrolls_the_linked_views(tmp_path, opened):
+    """Three volumes of noise, each another: all are drawn, and the wheel over one of them moves all."""
+    source, target, synthetic = np.random.default_rng(0).normal(0, 150, (3, 5, 32, 32)).astype(np.float32)
+    positions_mm = np.array([-4.0, -2.0, 0.0, 2.0, 4.0])
+    geometry = np.diag([1.0, 1.0, 2.0, 1.0]), positions_mm, (2.0, 1.0, 1.0)
+    views = linked_views(CaseImages(source, target, synthetic, "HU", "HU", *geometry, True), (-160.0, 240.0), start=1)
+    facts = {"patient": "P1", "source": "90keV", "part": views.pop("part"), "volumes": views}
+    path = write_page(tmp_path / "page.html", "report.html.j2", {"missing": [], "viewer": facts}, scripts())
+    view = opened(path, 1280)
     view.wait_for_selector("#viewer[data-ready]", timeout=60_000)
     canvases = view.query_selector_all("#viewer canvas")
+    screens = view.query_selector_all("#viewer .screen")
 
     def seen():
         view.wait_for_timeout(300)
-        return [np.asarray(Image.open(io.BytesIO(c.screenshot())).convert("L"), float) for c in canvases]
+        return [np.asarray(Image.open(io.BytesIO(screen.screenshot())).convert("L"), float) for screen in screens]
 
-    before, place = seen(), view.inner_text("#viewer output")
+    def values():
+        return [caption.inner_text().replace("−", "-") for caption in view.query_selector_all("#viewer figcaption")]
+
+    before = seen()
     assert len(before) == 3 and all(image.std() > 20 for image in before)
+    assert view.inner_text("#viewer output") == "slice 1 at −2 mm"
     canvases[1].hover()
     view.mouse.wheel(0, 100)
     scrolled = seen()
-    # By the wheel over one of them, all go to the next slice.
-    assert view.inner_text("#viewer output") != place
-    assert all(np.abs(a - b).mean() > 0.1 for a, b in zip(before, scrolled, strict=True))
-    view.select_option("#viewer select", "lung")
+    place = int(view.inner_text("#viewer output").split()[1])
+    assert place != 1 and view.eval_on_selector("#viewer input", "slider => slider.value") == str(place)
+    assert all(np.abs(a - b).mean() > 5 for a, b in zip(before, scrolled, strict=True))
+    # The crosshair of each stands at one voxel of one slice, whose value is told.
+    for name, volume, words in zip(
+        ("source", "synthetic", "target"), (source, synthetic, target), values(), strict=True
+    ):
+        value = float(words.removeprefix(f"{name}: ").removesuffix(" HU"))
+        assert np.abs(volume[place] - value).min() <= 0.5
+    view.select_option("#viewer select", "bone")
     assert all(np.abs(a - b).mean() > 5 for a, b in zip(scrolled, seen(), strict=True))

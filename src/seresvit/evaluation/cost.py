@@ -71,11 +71,11 @@ def _timed(config: Config, manifest: Path, fabric: Fabric) -> dict[str, Timed]:
     """A training step and a prediction, each on the first batch of stage 2; nothing is written."""
     run = open_run(config, manifest, manifest.with_suffix(".timing"), fabric)
     stage = start_stage(fabric, config, 2, None)
-    source, target = next(load(run, stage))
+    source, target, *weights = next(load(run, stage))
 
     def one_step() -> None:
         train_mode(stage)
-        step(run, stage, source, target)
+        step(run, stage, source, target, *weights)
 
     @torch.inference_mode()
     def one_prediction() -> None:

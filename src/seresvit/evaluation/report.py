@@ -197,7 +197,9 @@ def _knockouts(out: Path) -> list[dict[str, str]]:
 
 
 def _signed(number: float) -> str:
-    return "–" if pd.isna(number) else f"{number:+.3g}".replace("-", "−")
+    if pd.isna(number):
+        return "–"
+    return (f"{number:+,.0f}" if abs(number) >= 1000 else f"{number:+.3g}").replace("-", "−")
 
 
 # A comparison: fusions under one budget, from the tables of seresvit compare.
