@@ -41,10 +41,16 @@ ROOMS = [
     "synthesis.quantise",
     *("evaluation", "evaluation.tissues", "evaluation.metrics", "evaluation.statistics", "evaluation.regions"),
     *("evaluation.texture", "evaluation.baselines", "evaluation.tables", "evaluation.evaluate"),
-    *("evaluation.figures", "evaluation.gates", "evaluation.knockouts", "evaluation.gate_figures", "evaluation.explain"),
+    *(
+        "evaluation.figures",
+        "evaluation.gates",
+        "evaluation.knockouts",
+        "evaluation.gate_figures",
+        "evaluation.explain",
+    ),
     *("evaluation.trials", "evaluation.cost", "evaluation.compare", "evaluation.page", "evaluation.scores"),
     *("evaluation.charts", "evaluation.panels", "evaluation.viewer", "evaluation.provenance", "evaluation.report"),
-    *("serving", "cli", "__main__"),
+    *("serving", "terminal", "cli", "__main__"),
 ]
 
 # Spellings that scripts may rely on, and values that the command must see.

@@ -3,11 +3,12 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
+
+from seresvit.terminal import bar, say, show, training_bar
 
 app = typer.Typer(
     help="Synthesise a medical image that was not acquired: SE-ResViT.",
@@ -17,7 +18,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Item = TypeVar("Item")
 Manifest = Annotated[Path, typer.Option("--manifest", help="manifest.csv of `seresvit audit`")]
 Out = Annotated[Path, typer.Option("--out", help="folder to write")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, any setting of the YAML; repeatable")]
@@ -385,7 +385,7 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="model.safetensors, model.onnx, model.xml or net.pth")],
     overrides: Overrides = None,
     int8: Annotated[
-        Path | None, typer.Option("--int8", metavar="IMAGES", help="ONNX, OpenVINO: 8-bit integers, set by these images")
+        Path | None, typer.Option("--int8", metavar="IMAGES", help="ONNX, OpenVINO: 8 bits, set by these images")
     ] = None,
 ) -> None:
     """Turn a published .pth into our checkpoint, or back; or our checkpoint into ONNX or OpenVINO.
@@ -445,62 +445,6 @@ def warn_of_doubts(folders: list[Path]) -> None:
         record = folder / "prediction.json"
         for doubt in json.loads(record.read_text(encoding="utf-8")).get("doubts", []) if record.is_file() else []:
             say(f"warning: {folder}: {doubt}")
-
-
-def say(text: str) -> None:
-    """One plain line."""
-    print(text, flush=True)
-
-
-def show(table: Any) -> None:
-    """A rich table, as wide as it needs to be where the output is no terminal."""
-    from rich.console import Console
-
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
-
-
-def bar(verb: str) -> Callable[[list[Item]], Iterable[Item]]:
-    """What wraps a list to show its progress on stderr, with the rate and the time left."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return lambda items: track(items, description=verb, console=Console(stderr=True), transient=True)
-
-
-def training_bar(visible: bool = True) -> Any:
-    """A context that gives the `progress` of `train`: one bar a stage with images a second and time left."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    @contextmanager
-    def bars() -> Any:
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-        shown = Progress(
-            *columns,
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-            disable=not visible,
-        )
-        tasks: dict[int, Any] = {}
-
-        def progress(stage: int, images: int, total: int, note: str) -> None:
-            shown.start()  # not before: the bar of what is prepared comes first, and one is live at a time
-            if stage not in tasks:
-                tasks[stage] = shown.add_task(f"stage {stage}", total=total, completed=images, rate="", note="")
-            speed = shown.tasks[tasks[stage]].speed
-            rate = f"{speed:.1f} images/s" if speed else ""
-            shown.update(tasks[stage], completed=images, note=note, rate=rate)
-
-        try:
-            yield progress
-        finally:
-            shown.stop()
-
-    return bars()
 
 
 def _names(listed: str) -> list[str]:

@@ -3,7 +3,7 @@
 Each slice is described by a few numbers: quantiles of its values as the network gets them, how much of them is cut off,
 how sharp it is, where in the slice it is bright, and how the gates share their weight. A case is the mean over a few of
 its slices. Its distance is Mahalanobis' from the training cases, in which every number counts by how much it varies
-from patient to patient, and in which direction. The limit is what left-out training patients stay below.
+from patient to patient, and in which direction. The limit is what nearly all left-out training patients stay below.
 
 It finds images of another kind: another modality, unit, window, energy or orientation. It does not find pathology, nor
 an image that is wrong in a place of a few pixels; and a network that was trained on few patients knows few.
@@ -26,7 +26,8 @@ CELLS = 4
 SLICES = 8
 # Between training patients, variance below this share of the mean one is noise of the estimate (shrinkage).
 SHRINKAGE = 0.1
-# No distance of a left-out patient is known so well that the next one may not be farther by this factor.
+# The limit is this many times the upper quartile of the distances of left-out patients; their maximum would be set by
+# one odd patient.
 MARGIN = 1.5
 FEWEST_PATIENTS = 5
 # Of more training cases, this many evenly spread ones are looked at.
@@ -97,7 +98,7 @@ def learned(cases: Iterable[tuple[str, dict[str, float]]]) -> Record:
         "names": names,
         "mean": mean_F.tolist(),
         "inverse": inverse_FF.tolist(),
-        "limit": MARGIN * float(max(distances)),
+        "limit": MARGIN * float(np.quantile(distances, 0.75)),
         "num_patients": len(set(patients)),
     }
 

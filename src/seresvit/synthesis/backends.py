@@ -51,8 +51,9 @@ class Backend:
 def fastest_first(device: torch.device) -> list[str]:
     """The backends that `auto` tries, those that are installed and that this machine's processor has arithmetic for.
 
-    The order is a rule, measured once by `benchmarks/predict_speed.py`, and not a race: a study gives the same image
-    today and tomorrow. Compiled torch is not among them: it compiles for longer than most studies take.
+    The order is a rule and not a race, so that a study gives the same image today and tomorrow;
+    `benchmarks/predict_speed.py` says whether it holds on a machine. Compiled torch is not among them: it compiles for
+    longer than most studies take.
     """
     if device.type == "cuda":
         return ["torch-bf16", "torch"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["torch"]
