@@ -11,7 +11,6 @@ that a machine that slows down slows all of them; large matrix products, which s
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from seresvit.model.generator import Generator
 from seresvit.synthesis import backends
 from seresvit.synthesis.export import library, sha256_of, traced, write_onnx
 from seresvit.synthesis.quantise import quantised
+from seresvit.training.processes import peak_memory_mib
 
 WINDOW = Intensity("window", -1024.0, 2048.0, "HU")
 EAGER, EAGER_CONCAT, INT8 = "eager, slice by slice", "torch, concat", "openvino-int8"
@@ -166,11 +166,7 @@ def peak_mib(asked: argparse.Namespace) -> int:
     run = runner(variant, path, device, asked.tiny)
     for _ in range(2):
         run(torch.rand(batch, 1, size, size, device=device))
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    # Linux; getrusage there counts what the process that started this one held.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) // 2**10
+    return peak_memory_mib(device)
 
 
 def studies(asked: argparse.Namespace, path: Path, folder: Path, size: int) -> Table:

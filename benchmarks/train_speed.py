@@ -132,7 +132,7 @@ def main() -> None:
         one_step = stepper(variant, size, batch, asked.tiny)
         for _ in range(2):
             one_step()
-        print(peak_memory_mib(start_processes(settings(variant, size, batch, asked.tiny))))
+        print(peak_memory_mib(start_processes(settings(variant, size, batch, asked.tiny)).device))
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}; our precision {precision_of(load_config(None))}\n")

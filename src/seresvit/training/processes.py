@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,10 +114,14 @@ def machine(fabric: Fabric) -> dict[str, Any]:
     }
 
 
-def peak_memory_mib(fabric: Fabric) -> int:
+def peak_memory_mib(device: torch.device) -> int:
     """The most memory held at a time by this process: of its GPU, else of the system."""
-    if fabric.device.type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() // 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():  # of this process alone; getrusage counts what the one that started it held, too
+        held = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+        return int(held[1]) // 2**10 if held else 0
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)

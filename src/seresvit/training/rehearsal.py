@@ -42,7 +42,7 @@ def rehearse(config: Config, manifest: Path, run_dir: Path) -> str:
     lines.append(
         f"slices: {', '.join(counts)}; precision {precision_of(config)}, {fabric.world_size} × {fabric.device.type}"
     )
-    lines.append(f"about {_words(total_s)} without validation; memory {peak_memory_mib(fabric):,} MiB a process")
+    lines.append(f"about {_words(total_s)} without validation; memory {peak_memory_mib(fabric.device):,} MiB a process")
     lines.append(f"first batch, source and target: {run_dir / PICTURE}")
     return "\n".join(lines)
 

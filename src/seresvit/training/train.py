@@ -382,7 +382,7 @@ def save(run: Run, stage: Stage) -> None:
     if run.fabric.is_global_zero:
         run_folder.save_last(run.folder, lambda folder: write_stage(stage, run.header, folder))
         if run.log:
-            run.log.summarise(peak_memory_mib=peak_memory_mib(run.fabric))
+            run.log.summarise(peak_memory_mib=peak_memory_mib(run.fabric.device))
     run.fabric.barrier()
 
 
