@@ -270,7 +270,7 @@ def calibrate(
             f"{region}: {row['inside']:.1%} of voxels inside ({row['lowest']:.1%} to {row['highest']:.1%} of "
             f"{row['patients']:.0f} held-out patients), half-width {row['half_width']:.1f}"
         )
-    say(f"{coverage:.0%} intervals of {intervals.num_patients} patients → {intervals_path(checkpoint)}")
+    say(f"{100 * coverage:g}% intervals of {intervals.num_patients} patients → {intervals_path(checkpoint)}")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """DICOM in, against SimpleITK's readers, pydicom and damaged real files."""
 
+import logging
 import zipfile
 from pathlib import Path
 
@@ -383,3 +384,16 @@ def test_a_slice_in_another_unit_and_a_link_to_nowhere_are_refused_and_one_frame
     third.symlink_to(folder / "elsewhere")
     with pytest.raises(DataError, match=rf"{third.name}: a link to a file that is not there"):
         read_series(folder)
+
+
+def test_pydicom_stays_tolerant_until_the_last_thread_leaves():
+    """As when one thread writes while another reads: else an odd header ends the batch, or is logged with its name."""
+    settings, logger = pydicom.config.settings, logging.getLogger("pydicom")
+    before = settings.reading_validation_mode, settings.writing_validation_mode, logger.level
+    reading, writing = dicom.tolerant(), dicom.tolerant()
+    reading.__enter__()
+    writing.__enter__()
+    reading.__exit__(None, None, None)
+    assert (settings.writing_validation_mode, logger.level) == (pydicom.config.IGNORE, logging.CRITICAL)
+    writing.__exit__(None, None, None)
+    assert (settings.reading_validation_mode, settings.writing_validation_mode, logger.level) == before

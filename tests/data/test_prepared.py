@@ -97,6 +97,19 @@ def test_masks_are_stored_where_they_are_asked_for(manifest, write_case):
     np.testing.assert_array_equal(read_labels(prepare(manifest, CT, masks=True), case, 3), labels[3, ::-1, ::-1])
 
 
+def test_other_names_of_labels_are_taken_up(manifest, write_case):
+    write_case(manifest.parent, "p1", "mask", np.full((4, 10, 12), 2, np.uint8))
+    manifest.write_text(manifest.read_text().replace("p1/low.nii.gz,", "p1/low.nii.gz,p1/mask.nii.gz"))
+    names = manifest.parent / "p1" / "labels.json"
+    found = []
+    for text in (None, '{"bone": 1, "tumour": 2}', '{"bone": 2, "tumour": 1}'):
+        if text:
+            names.write_text(text)
+        store = prepare(manifest, CT, masks=True)
+        found.append((store.cases[0].label_names, int(read_labels(store, store.cases[0], 0)[0, 0])))
+    assert found == [({"mask": 1}, 1), ({"bone": 1, "tumour": 2}, 2), ({"bone": 2, "tumour": 1}, 2)]
+
+
 def test_channels_are_stacked_in_the_order_of_the_settings(manifest, write_case):
     for patient in ("p1", "p2", "p3"):
         write_case(

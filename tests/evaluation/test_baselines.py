@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from seresvit.config import DataSettings
-from seresvit.data.pairing import read_manifest
+from seresvit.data.pairing import Case, read_manifest
 from seresvit.evaluation.baselines import fit_baselines
 
 TARGET = "55keV"
@@ -58,6 +58,20 @@ def test_the_linear_fit_is_least_squares_and_no_test_patient_is_in_it(cases):
     )
     # Pixels are drawn with replacement, so that the fit is that of all of them up to chance.
     assert found.apply([at]) == pytest.approx(np.polyval(np.polyfit(x, y, 1), at), abs=8)
+
+
+def test_a_masked_protocol_is_fitted_inside_the_mask(tmp_path):
+    """Within the mask the target is twice the source, everywhere else it is 7."""
+    rng = np.random.default_rng(1)
+    inside = np.zeros((24, 24), np.uint8)
+    inside[8:12] = 1
+    source = rng.integers(1, 100, (24, 24))
+    for name, plane in (("x", source), ("y", np.where(inside, 2 * source, 7)), ("mask", inside)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(plane.astype(np.uint8)).save(tmp_path / name / "1.png")
+    masked = [Case("P0", "train", "x", "y", *(tmp_path / name for name in ("x", "y", "mask")))]
+    found = fit_baselines([("x",)], masked, DataSettings(), "synthrad2023")["x",]
+    assert found[0].apply([source[8:12]]) == pytest.approx(2 * source[8:12], abs=0.1)
 
 
 def test_a_prediction_of_both_energies_has_no_other_two(cases):

@@ -21,6 +21,7 @@ from seresvit.config import ConfigError
 from seresvit.data.volume import DataError
 from seresvit.evaluation.evaluate import METHODS, evaluate, render_table, sentences
 from seresvit.evaluation.metrics import score
+from seresvit.evaluation.page import read_table
 
 FRAME = generate_uid()
 
@@ -308,6 +309,19 @@ def test_several_channels_of_mr(tmp_path):
     assert row(result.cases, method="source unchanged")["nmse"] == pytest.approx(expected["nmse"], rel=1e-5)
 
 
+def test_a_missing_case_of_several_channels_is_counted_once(tmp_path):
+    mr_case(tmp_path)
+    rows = [
+        [patient, "test", name, "T2", f"{name}/P1.nii.gz", "T2/P1.nii.gz", ""]
+        for patient in ("P1", "P2")
+        for name in ("T1", "FLAIR")
+    ]
+    write_manifest(tmp_path / "manifest.csv", rows)
+    result = run(tmp_path, "mr", allow_missing=True)
+    assert result.missing == ("P2_T1+FLAIR is a test case without prediction: predict it too",)
+    assert result.summary["missing_cases"].tolist() == [1] * len(result.summary)
+
+
 def test_the_recorded_scale_of_an_mr_prediction_counts(tmp_path):
     images = mr_case(tmp_path, intensity={"kind": "percentile", "low": 0, "high": 500.0, "unit": "arbitrary"})
     expected = score(images["T2"], 3 * images["T2"], protocol="mr", prediction_scale=500.0)
@@ -408,6 +422,22 @@ def test_another_evaluation_must_be_of_the_same_cases_and_protocol(cohort, dect)
     summary.write_text(summary.read_text().replace("dect", "synthrad2023"))
     with pytest.raises(ConfigError, match="scored under synthrad2023, this under dect"):
         run(dect, against=dect / "other")
+
+
+def test_another_evaluation_must_be_of_the_same_slices(dect):
+    run(dect, out="whole")
+    (dect / "predictions" / "P2_110keV" / "0.dcm").unlink()
+    with pytest.raises(DataError, match="1 cases were scored on other slices than here, such as P2 110keV"):
+        run(dect, allow_missing=True, against=dect / "whole")
+
+
+def test_a_patient_may_be_called_na(dect):
+    manifest = dect / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace("P1,test", "NA,test"))
+    write_prediction(dect / "predictions" / "P1_110keV", "NA", "110keV")
+    run(dect, out="first")
+    assert "NA" in set(run(dect, against=dect / "first").patients["patient"])
+    assert set(read_table(dect / "out" / "slices.csv")["patient"]) == {"NA", "P2"}
 
 
 def test_without_a_training_case_the_fits_are_left_out_with_a_line(dect):

@@ -16,7 +16,7 @@ from seresvit.config import ConfigError, DataSettings, FusionSettings, ModelSett
 from seresvit.data.pairing import Case, write_manifest
 from seresvit.data.phantom import simulate
 from seresvit.evaluation.explain import explain, render_table
-from seresvit.evaluation.gates import gate_table
+from seresvit.evaluation.gates import correlations, gate_table, movement
 from seresvit.model import checkpoint
 from seresvit.model.generator import Generator
 from seresvit.synthesis.predictor import Predictor
@@ -148,6 +148,14 @@ def test_movement_between_images_and_a_gate_that_never_moves(folder, explained, 
     assert "ART 1 is nearly constant" in fixed["blocks"]["art_1"]["verdict"]
     assert next(c for c in fixed["correlations"] if c["block"] == "art_1")["rho"] is None
     assert "ART 6 changes with the image" in fixed["blocks"]["art_6"]["verdict"]
+
+
+def test_neither_one_image_nor_rounding_says_that_a_gate_moves():
+    assert "seen in one image only" in movement("art_1", np.full((1, 4), 0.5))["verdict"]
+    shares = 0.5 + 1e-8 * np.arange(6)
+    table = pd.DataFrame({"patient": list("AABBCC"), "source": "s", "art_1_transformer": shares, "art_1_cnn": shares})
+    table["fraction_bone"] = np.linspace(0, 1, 6)
+    assert all(found["rho"] is None for found in correlations(table))
 
 
 def test_plot_is_an_image(folder, explained):

@@ -172,11 +172,48 @@ def test_swapped_gates_come_from_another_patient(folder, predictor, explained):
     """With one other patient, whose gates are all set to one row, swapping is fixing them at that row."""
     assert explained.knockouts.set_index(["knockout", "region"])["change"][knockouts.SWAPPED, "image"] != 0
     samples = [sample(patient, torch.full((2, 1, 46, 46), fill)) for patient, fill in (("A", 0.2), ("B", -0.6))]
-    donor = knockouts._donor_gates(predictor, samples, samples[0], 3, np.random.default_rng(0))
+    donor = knockouts._donor_gates(predictor, samples, samples[0], np.arange(3), np.random.default_rng(0))
     with torch.inference_mode(), knockouts.record_gates(predictor.net) as gates:
         predictor.net(samples[1].inputs[:1])
     for block in BLOCKS:
         torch.testing.assert_close(donor[block], gates[block].expand(3, -1))
+
+
+def test_alone_a_patient_never_gets_the_gates_of_the_very_image(predictor):
+    """Three constant images of one patient, whose gates differ; and one image, which has no other."""
+    inputs = torch.tensor([0.2, -0.6, 0.9])[:, None, None, None].expand(3, 1, 46, 46)
+    alone, places, rng = sample("A", inputs), np.array([0, 1, 2]), np.random.default_rng(0)
+    with torch.inference_mode(), knockouts.record_gates(predictor.net) as own:
+        predictor.net(inputs)
+    for _ in range(5):
+        donor = knockouts._donor_gates(predictor, [alone], alone, places, rng)
+        assert (donor["art_1"] - own["art_1"]).abs().amax(dim=1).min() > 1e-4
+    single = sample("A", inputs[:1])
+    assert knockouts._donor_gates(predictor, [single], single, places[:1], rng) == {}
+
+
+def test_without_a_voxel_of_bone_the_whole_image_ranks_channels(folder, predictor, tmp_path, monkeypatch):
+    monkeypatch.setattr(knockouts, "CHANNEL_SLICES", 1)
+    for patient in ("P001", "P002"):
+        planes = np.zeros((46, 46, 3), np.uint8)
+        planes[10:30, 10:30] = 2
+        image = nibabel.load(folder / "labels" / f"{patient}.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(planes, image.affine), tmp_path / f"{patient}.nii.gz")
+    (tmp_path / "labels.json").write_text('{"bone": 1, "soft": 2}')
+    cases = [
+        Case(p, split, "110keV", "70keV", folder / "110keV" / p, folder / "70keV" / p, tmp_path / f"{p}.nii.gz")
+        for p, split in (("P001", "train"), ("P002", "test"))
+    ]
+    write_manifest(cases, tmp_path / "manifest.csv")
+    found = explain(predictor, tmp_path / "manifest.csv", tmp_path / "out")
+    assert found.summary["channels_carrying"][0]["region"] == "image"
+    assert "most needed channels shut" in set(found.knockouts["knockout"])
+
+
+def test_a_map_that_no_other_image_could_replace_is_not_judged():
+    row = {"knockout": knockouts.MAP_MEAN, "site": "all", "region": "image"}
+    claim = judge(pd.DataFrame([row]), "aff", "")
+    assert claim["holds"] is None and "not shown" in claim["sentence"]
 
 
 def sample(patient, inputs):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,11 +24,13 @@ from seresvit.config import Config, DataSettings, ModelSettings, VitSettings, to
 from seresvit.data.pairing import Case, write_manifest
 from seresvit.data.phantom import simulate
 from seresvit.data.volume import DataError
+from seresvit.evaluation.charts import agreement, bland_altman, distributions
 from seresvit.evaluation.evaluate import evaluate
 from seresvit.evaluation.explain import explain
-from seresvit.evaluation.page import write_page
-from seresvit.evaluation.panels import CaseImages
-from seresvit.evaluation.report import write_report
+from seresvit.evaluation.page import read_table, write_page
+from seresvit.evaluation.panels import CaseImages, chosen_cases, load_case, load_slices, read_predictions
+from seresvit.evaluation.provenance import trained
+from seresvit.evaluation.report import _gates, write_report
 from seresvit.evaluation.viewer import linked_views, scripts
 from seresvit.model import checkpoint
 from seresvit.model.generator import Generator
@@ -307,6 +310,53 @@ def test_pixels_that_are_not_square_are_shown_so(tmp_path):
     assert [image["style"] for image in shown] == ["aspect-ratio: 24 / 32"] * 4
     assert "further from the target than source unchanged" in page.text
     assert "no longer where it was" in page.text
+
+
+def test_what_was_not_predicted_is_no_reason_for_no_page(folder, tmp_path):
+    predictions, manifest = tmp_path / "predictions", folder / "manifest.csv"
+    shutil.copytree(folder / "predictions" / "P002_90keV", predictions / "P002_90keV")
+    last = max((predictions / "P002_90keV").glob("*.dcm"), key=lambda f: pydicom.dcmread(f).ImagePositionPatient[2])
+    last.unlink()
+    found, _ = read_predictions(predictions, manifest)
+    case = load_case(found[0])
+    assert (case.synthetic[2] == -1024).all() and (case.synthetic[:2] > -1024).any()
+    lines = [{"slice": 1}, {"slice": 2}]
+    shown = load_slices([{"patient": "P002", "source": "90keV", "slices": lines}], found)
+    assert [line for line, _ in shown] == lines[:1] and (shown[0][1].synthetic == case.synthetic[1]).all()
+
+
+def test_examples_of_another_grid_are_not_shown_by_their_number(folder):
+    explained = json.loads((folder / "evaluation" / "gates.json").read_text())
+    found, _ = read_predictions(folder / "predictions", folder / "manifest.csv")
+    assert _gates(folder / "evaluation", explained, found)["panels"]
+    resampled = [replace(prediction, record=prediction.record | {"resample": "source"}) for prediction in found]
+    assert not _gates(folder / "evaluation", explained, resampled)["panels"]
+
+
+def test_charts_take_metrics_without_a_number_and_labels_with_dollars():
+    case = {"method": "synthetic", "mae": 1.0, "rmse": 1.0, "psnr": np.inf, "ssim": np.nan}
+    case |= {f"{name}_a$\\foo$": number for name, number in (("bias", 1.0), ("loa_low", 0.0), ("loa_high", 2.0))}
+    for chart in (distributions, agreement):
+        assert chart(pd.DataFrame([case]), "dect").startswith("data:image/png")
+    values = np.linspace(-100, 100, 50)
+    for target, synthetic in ((values, values), (0 * values, 0 * values + 1)):
+        assert bland_altman(target, synthetic, "HU").startswith("data:image/png")
+
+
+def test_cases_are_ranked_by_their_own_score(folder):
+    cases, slices = (read_table(folder / "evaluation" / f"{name}.csv") for name in ("cases", "slices"))
+    cases.loc[(cases["patient"] == "P004") & (cases["source"] == "90keV"), "mae"] = 1e6  # as volume protocols may say
+    worst = chosen_cases(cases, slices)[-1]
+    assert (worst["patient"], worst["source"], worst["mae"]) == ("P004", "90keV", 1e6)
+
+
+def test_a_network_beside_a_comparison_is_told_without_its_run(folder, tmp_path):
+    path = tmp_path / "stage-1" / "seed0" / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    shutil.copy(folder / "runs" / "first" / "checkpoints" / "best" / "model.safetensors", path)
+    (tmp_path / "config.yaml").write_text(to_yaml(Config()))
+    (tmp_path / "manifest.json").write_text('{"data_hash": "0"}')
+    assert "Network" in dict(trained(path, [])["facts"])
 
 
 def test_gates_alone_make_a_page_and_an_empty_folder_does_not(folder, tmp_path):

@@ -152,6 +152,15 @@ def test_a_wrong_backend_is_dropped_in_one_line(saved, source, tmp_path, monkeyp
         Predictor(saved, "cpu", backend="openvino")(read_volume(source))
 
 
+def test_lack_of_memory_does_not_change_the_backend(saved, source, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(backends, "started", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Predictor(saved, "cpu", backend="auto")(read_volume(source))
+
+
 def test_what_is_not_a_number_or_right_in_the_mean_alone_fails(saved):
     network = checkpoint.load(saved)
     source_BCHW = torch.rand(1, 1, 32, 48)

@@ -59,6 +59,14 @@ def test_every_range_is_well_filled_and_the_record_comes_back_from_json(calibrat
     assert Intervals(**json.loads(json.dumps(calibrated.as_dict()))) == calibrated
 
 
+def test_the_factor_is_the_score_of_the_rank_that_covers_a_further_one():
+    """By hand: of scores 1 to n the ⌈(n + 1) · coverage⌉-th, a rank above the plain quantile."""
+    for n, coverage, rank in ((1001, 0.9, 902), (2001, 0.95, 1902)):
+        one = np.zeros((3, n))
+        one[2] = np.random.default_rng(n).permutation(n) + 1
+        assert fit([one], coverage, {}).factors == [rank]
+
+
 def test_a_constant_image_has_one_range():
     flat = np.zeros((3, 2000))
     flat[2] = np.linspace(0, 10, 2000)

@@ -1,6 +1,7 @@
 """Members, uncertainty, intervals and refusal: what the Predictor does beyond one pass of one network."""
 
 import csv
+import hashlib
 import json
 from dataclasses import replace
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 
 from seresvit.config import ConfigError, DataSettings, ModelSettings, VitSettings
-from seresvit.data import phantom, read_volume
+from seresvit.data import pair, phantom, read_volume
+from seresvit.data.pairing import load_channels, read_manifest
 from seresvit.data.prepared import prepare
 from seresvit.data.volume import DataError
 from seresvit.model import checkpoint, familiarity
 from seresvit.model.generator import Generator
+from seresvit.synthesis import calibrate as calibrating
+from seresvit.synthesis import predictor as predicting
 from seresvit.synthesis.calibrate import calibrate
 from seresvit.synthesis.ensemble import Members
 from seresvit.synthesis.predict import predict_manifest, predict_path
@@ -112,6 +116,8 @@ def test_members_that_do_not_belong_together_are_refused(path, tmp_path):
         Predictor(path, "cpu", members=Members(checkpoints=(elsewhere,)))
     with pytest.raises(ConfigError, match="other data settings or another target"):
         Predictor(path, "cpu", members=Members(checkpoints=(saved(tmp_path / "c.safetensors", target="50keV"),)))
+    with pytest.raises(ConfigError, match="one checkpoint twice"):
+        Predictor(path, "cpu", members=Members(checkpoints=(path,)))
 
 
 def test_the_uncertainty_is_a_series_of_its_own_that_says_what_it_is(path, patients, source, tmp_path):
@@ -152,7 +158,19 @@ def test_calibrated_intervals_hold_for_their_own_members_only(patients, source, 
     assert (record["uncertainty"]["kind"], record["uncertainty"]["coverage"]) == ("interval", 0.9)
     assert Predictor(model, "cpu").intervals is None
     with pytest.raises(ConfigError, match="2 patients in the split 'test'"):
-        calibrate(predictor, patients / "manifest.csv", split="test")
+        calibrate(predictor, patients / "manifest.csv", split="test", held_out="val")
+    with pytest.raises(ConfigError, match="--held-out val: intervals are tried on other patients"):
+        calibrate(predictor, patients / "manifest.csv", held_out="val")
+
+
+def test_calibration_takes_the_bias_field_off_once(path, patients, monkeypatch):
+    for module in (pair, predicting):
+        monkeypatch.setattr(module, "without_bias", lambda v, data: replace(v, array=v.array + 100) if data.n4 else v)
+    predictor = Predictor(path, "cpu")
+    predictor.net, predictor.data = Unchanged(), predictor.data.model_copy(update={"n4": True})
+    group = load_channels(read_manifest(patients / "manifest.csv"), ())[0]
+    source = read_volume(group[0].source_path).array
+    np.testing.assert_allclose(calibrating._predicted(predictor, group)[1], (source + 100).clip(-1024, 2048), atol=0.05)
 
 
 def test_an_image_unlike_the_training_is_doubted_and_refused_when_strict(patients, tmp_path):
@@ -194,8 +212,25 @@ def test_finished_cases_are_left_alone_and_others_made_again(path, patients, tmp
     assert made(mark="burned") == ["P012_110keV", "P013_110keV"]
     predictor = Predictor(saved(tmp_path / "other.safetensors", seed=1), "cpu")
     assert made(mark="burned") == ["P012_110keV", "P013_110keV"] and made(mark="burned") == []
+    assert made(mark="burned", strict=True) == ["P012_110keV", "P013_110keV"]  # not looked at so closely before
     out = tmp_path / "anonymous"
     assert len(made(anonymize=True)) == 2 and made(anonymize=True) == []
+
+
+def test_a_checkpoint_that_is_replaced_later_is_known_by_the_bytes_that_were_loaded(tmp_path):
+    predictor = Predictor(saved(tmp_path / "model.safetensors"), "cpu")
+    loaded = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    saved(tmp_path / "model.safetensors", seed=1)
+    assert predictor.members_record["checkpoints"] == [loaded]
+
+
+def test_familiarity_goes_through_the_network_in_the_batches_of_prediction(patients, tmp_path):
+    record = {"names": ["gate art_1 cnn"], "mean": [0.0], "inverse": [[1.0]], "limit": 1e-9, "num_patients": 6}
+    predictor = Predictor(saved(tmp_path / "model.safetensors", familiarity=record), "cpu", "image")
+    sizes = []
+    predictor.net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    volume = read_volume(patients / "110keV/P001")
+    assert len(predictor.doubts(volume)) == 1 and sizes == [1, 1, 1]
 
 
 def test_the_processes_of_torchrun_share_the_cases(path, patients, tmp_path, monkeypatch):

@@ -56,6 +56,20 @@ def test_int8_says_its_error_by_tissue(saved, source, tmp_path, monkeypatch):
     assert errors["soft"] == pytest.approx(apart_hu[(exact_hu > -20) & (exact_hu <= 100)].mean(), rel=1e-3)
 
 
+def test_of_many_patients_the_middles_are_looked_at(saved, source, tmp_path, monkeypatch):
+    """A volume's first slice may be air, which int8 gives back without an error."""
+    rows = [f"P{n:03d},train,110keV,70keV,{source},{source.parent}," for n in range(70)]
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("patient,split,source,target,source_path,target_path,mask_path\n" + "\n".join(rows) + "\n")
+    volume, asked = read_volume(source), []
+    monkeypatch.setattr(quantise, "load_sources", lambda group, data: [volume])
+    predictor = quantise.Predictor(saved, "cpu")
+    batches = predictor.batches
+    monkeypatch.setattr(predictor, "batches", lambda *v, of: asked.append(of) or batches(*v, of=of))
+    slices, _ = quantise._spread(predictor, manifest, "train")
+    assert len(slices) == len(asked) == 35 and asked == 35 * [[2]]
+
+
 def test_too_large_an_error_is_refused(saved, source, tmp_path, monkeypatch):
     monkeypatch.setattr(quantise, "quantised", lambda float_model, slices: float_model)  # quick, and off by rounding
     monkeypatch.setattr(quantise, "MOST_HU", 1e-9)

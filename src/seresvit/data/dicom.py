@@ -5,11 +5,12 @@ InstanceNumber or file name.
 """
 
 import logging
+import threading
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -62,9 +63,30 @@ class Frame(NamedTuple):
     header: Dataset
 
 
+_TOLERANT, _TOLERANT_THREADS, _TOLERANT_LOCK = ExitStack(), [0], threading.Lock()
+
+
 @contextmanager
 def tolerant() -> Iterator[None]:
-    """pydicom without its remarks on non-standard values: archives are full of them, and they name patients."""
+    """pydicom without its remarks on non-standard values: archives are full of them, and they name patients.
+
+    What it changes belongs to the process: the first thread that enters changes it, the last one out changes it back.
+    """
+    with _TOLERANT_LOCK:
+        if not _TOLERANT_THREADS[0]:
+            _TOLERANT.enter_context(_without_remarks())
+        _TOLERANT_THREADS[0] += 1
+    try:
+        yield
+    finally:
+        with _TOLERANT_LOCK:
+            _TOLERANT_THREADS[0] -= 1
+            if not _TOLERANT_THREADS[0]:
+                _TOLERANT.close()
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
     logger, level = logging.getLogger("pydicom"), logging.getLogger("pydicom").level
     logger.setLevel(logging.CRITICAL)
     try:

@@ -133,9 +133,10 @@ def _fingerprint(data: DataSettings, masks: bool) -> str:
 
 
 def _images(group: Group) -> list[str]:
-    """The paths of all images of a case, each once."""
+    """The paths of all images of a case, and of the labels.json that names the labels of its mask, each once."""
     paths = [path for case in group for path in (case.source_path, case.target_path, case.mask_path) if path]
-    return [str(path) for path in dict.fromkeys(paths)]
+    names = [case.mask_path.with_name("labels.json") for case in group if case.mask_path]
+    return [str(path) for path in dict.fromkeys([*paths, *(path for path in names if path.is_file())])]
 
 
 def _identity(group: Group) -> dict[str, Any]:

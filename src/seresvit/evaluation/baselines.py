@@ -14,7 +14,7 @@ from seresvit.config import DataSettings
 from seresvit.data.pair import load_pair
 from seresvit.data.pairing import Case
 from seresvit.data.volume import energy_kev_in
-from seresvit.evaluation.metrics import in_protocol_values
+from seresvit.evaluation.metrics import find_protocol, in_protocol_values
 
 LINEAR, TWO_ENERGY, CURVE = "linear fit", "two-energy fit", "intensity curve"
 MAX_CASES = 16
@@ -40,7 +40,8 @@ def fit_baselines(
     highest of the energies that the manifest's sources name, which for monoenergetic images is what physics leaves
     (two basis materials). Intensity curve: the monotone curve of least squared error, for one channel (isotonic
     regression, Barlow et al. 1972). A baseline is lacking where no training patient has its sources in the target's
-    unit. Values are those of the protocol. Raises DataError for a training image that cannot be read.
+    unit. Values, and pixels, are those that the protocol scores. Raises DataError for a training image that cannot be
+    read.
     """
     energies = {kev: case.source for case in cases if (kev := energy_kev_in(case.source)) is not None}
     ends = (energies[min(energies)], energies[max(energies)]) if len(energies) > 1 else ()
@@ -75,7 +76,14 @@ def _sampled(sources: tuple[str, ...], cases: list[Case], geometry: DataSettings
         pair = load_pair(*groups[place], data=geometry, to_score=True)
         if {volume.unit for volume in pair.sources} != {pair.target.unit}:
             continue  # an MR's values are no HU
-        chosen = rng.integers(pair.target.array.size, size=min(PIXELS_A_CASE, pair.target.array.size))
+        # A fit to pixels that are not scored, such as the air around a mask, would be a weaker rival than there is.
+        is_masked = find_protocol(protocol).mask == "given"
+        inside = np.flatnonzero(pair.labels) if is_masked and pair.labels is not None else None
+        number = pair.target.array.size if inside is None else len(inside)
+        if not number:
+            continue
+        chosen = rng.integers(number, size=min(PIXELS_A_CASE, number))
+        chosen = chosen if inside is None else inside[chosen]
         volumes = (*pair.sources, pair.target)
         sampled.append(np.stack([in_protocol_values(v.array, protocol).ravel()[chosen] for v in volumes]))
     return np.concatenate(sampled, axis=1).astype(np.float64) if sampled else None

@@ -12,11 +12,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from seresvit.evaluation.figures import COLOURS, MARKERS, STYLE
+from seresvit.evaluation.figures import COLOURS, MARKERS, STYLE, literal
 from seresvit.evaluation.metrics import main_metrics
 from seresvit.evaluation.page import data_url
 from seresvit.evaluation.regions import LIMITS_OF_AGREEMENT_SD
 from seresvit.evaluation.scores import region_words
+from seresvit.evaluation.statistics import ALPHA
 from seresvit.evaluation.tables import METHODS, shown_name, unit_of
 
 QUIET = "#5c6670"
@@ -46,11 +47,7 @@ def learning_curves(log: pd.DataFrame, unit: str) -> str:
         begins = log.loc[log["stage"] == 1, "seen"].max() if log["stage"].nunique() > 1 else None
         for axis in (left, right):
             _images_seen(axis)
-            # The first images would flatten all that follow.
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.yaxis.set_minor_locator(NullLocator())
+            _log_scale(axis)
             if begins is not None:
                 axis.axvline(begins, color="#aab2b9", linewidth=1, linestyle=":")
                 axis.text(begins, 0.03, " stage 2", transform=axis.get_xaxis_transform(), fontsize=8, color=QUIET)
@@ -78,8 +75,8 @@ def distributions(cases: pd.DataFrame, protocol: str) -> str:
                     capprops={"color": QUIET},
                     medianprops={"color": "#1f272e", "linewidth": 1.6},
                 )
-                spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else [0.0]
-                axis.scatter(values, place + np.array(spread), s=14, color=colour, marker=MARKERS[place], alpha=0.8)
+                spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else np.zeros(len(values))
+                axis.scatter(values, place + spread, s=14, color=colour, marker=MARKERS[place], alpha=0.8)
                 axis.collections[-1].set_zorder(3)
             axis.set_xlabel(_with_unit(shown_name(metric), unit_of(metric, protocol)))
             axis.locator_params(axis="x", nbins=5)
@@ -105,7 +102,7 @@ def agreement(cases: pd.DataFrame, protocol: str) -> str:
             axis.plot([low, high], [place, place], color=COLOURS[5], linewidth=6, solid_capstyle="butt", alpha=0.7)
             axis.scatter(biases, np.full(len(biases), place), s=16, color=COLOURS[0], alpha=0.7, zorder=3)
             axis.plot(biases.mean(), place, marker="|", markersize=14, markeredgewidth=2, color="#1f272e", zorder=4)
-        axis.set_yticks(range(len(regions)), [region_words(name) for name in regions])
+        axis.set_yticks(range(len(regions)), [literal(region_words(name)) for name in regions])
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
         axis.set_xlabel(_with_unit("synthetic − target", unit_of("mae", protocol)))
@@ -119,8 +116,9 @@ def bland_altman(target: np.ndarray, synthetic: np.ndarray, unit: str) -> str:
     """
     means, differences = (target + synthetic) / 2, synthetic - target
     bias, spread = float(differences.mean()), LIMITS_OF_AGREEMENT_SD * float(differences.std(ddof=1))
-    middle, reach = np.percentile(means, [0.05, 99.95]), np.percentile(np.abs(differences - bias), 99.9)
-    extent = (*middle, bias - max(reach, spread) * 1.05, bias + max(reach, spread) * 1.05)
+    (low, high), reach = np.percentile(means, [0.05, 99.95]), np.percentile(np.abs(differences - bias), 99.9)
+    half = 1.05 * max(reach, spread) or 1.0  # equal images differ by nothing, and an axis needs a length
+    extent = (low, max(high, low + 1e-3), bias - half, bias + half)
     with rc_context(STYLE):
         figure, axis = _figure(3.6, 1, 1)
         drawn = axis.hexbin(
@@ -187,7 +185,7 @@ def forest(comparisons: pd.DataFrame, metric: str, unit: str) -> str:
         figure, axis = _figure(0.32 * len(rows) + 1.0, 1, 1)
         axis.axvline(0, color="#1f272e", linewidth=0.8)
         for place, row in enumerate(rows.to_dict("records")):
-            shown = row["low"] > 0 or row["high"] < 0
+            shown = row["p_adjusted"] < ALPHA and (row["low"] > 0 or row["high"] < 0)
             colour = COLOURS[0] if shown else QUIET
             axis.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
             axis.plot(row["mean"], place, marker="s", color=colour, markerfacecolor=colour if shown else "white")
@@ -216,6 +214,7 @@ def compared_curves(curves: pd.DataFrame, unit: str) -> str:
                 drawn = run.dropna(subset=["val_mae"])
                 axis.plot(drawn["images"], drawn["val_mae"], linewidth=1.2, markersize=4, **style)
             axis.set_title(f"Stage {stage}", loc="left")
+            _log_scale(axis)
             _images_seen(axis)
             handles = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
             axis.legend(handles.values(), handles.keys(), fontsize=8)
@@ -233,6 +232,14 @@ def _images_seen(axis: Axes) -> None:
     axis.set_xlabel("images seen")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.locator_params(axis="x", nbins=6)
+
+
+def _log_scale(axis: Axes) -> None:
+    """What the first images of a training lose would flatten all that follow."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _with_unit(words: str, unit: str) -> str:

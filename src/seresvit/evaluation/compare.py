@@ -160,7 +160,7 @@ def _patients(comparison: Comparison) -> pd.DataFrame:
         for seed in comparison.seeds:
             if is_done(comparison, fusion, seed):
                 path = comparison.folder(fusion, seed) / "evaluation" / "patients.csv"
-                scored = pd.read_csv(path, converters={"patient": str})
+                scored = pd.read_csv(path, dtype={"patient": str}, keep_default_na=False, na_values="")
                 scored = scored[(scored["method"] == METHODS[0]) & (scored["split"] == "test")]
                 scored = scored.drop(columns=["method", "split", "cases"])
                 scored.insert(0, "fusion", fusion)
@@ -293,8 +293,9 @@ def _best(patients: pd.DataFrame, comparison: Comparison) -> tuple[str, bool, st
     not_shown = [other for other in others if not _is_lower(differences.get((best, other)))]
     words = f"{best} has the lowest mean MAE, {mean}"
     over = f" (p over all {len(differences)} pairs)" if len(differences) > 1 else ""
+    over += ", for these trainings of one seed" if comparison.num_seeds == 1 else ""
     if not_shown:
-        return best, False, f"{words}; that it is lower than that of {', '.join(not_shown)} was not shown{over}"
+        return best, False, f"{words}; that it is lower than that of {' and '.join(not_shown)} was not shown{over}"
     return best, True, f"{words}, and lower than that of every other fusion, as was shown{over}"
 
 

@@ -130,7 +130,10 @@ def _why_no_baseline(cases: list[Case]) -> str:
 
 
 def _match(predictions: Path, cases: list[Case]) -> tuple[list[_Prediction], list[Case], list[str]]:
-    """The predictions in the manifest's order, the test cases that should have one, and a line for each fault."""
+    """The predictions in the manifest's order, the test cases that should have one, and a line for each fault.
+
+    A test case of several channels is told once, by its first channel and the source "T1+T2".
+    """
     if not predictions.is_dir():
         raise DataError(f"{predictions}: no such folder; give the folder that seresvit predict wrote")
     known = {(case.patient, case.source): case for case in cases}
@@ -157,12 +160,12 @@ def _match(predictions: Path, cases: list[Case]) -> tuple[list[_Prediction], lis
     checkpoints = {prediction.record.get("checkpoint_sha256") for prediction in found.values()}
     if len(checkpoints) > 1:
         faults.append(f"the predictions are of {len(checkpoints)} different checkpoints: predict all of them again")
-    predicted = {(case.patient, case.source) for prediction in found.values() for case in prediction.cases}
-    sources = {source for _, source in predicted}
+    predicted = {(prediction.cases[0].patient, prediction.sources) for prediction in found.values()}
     unpredicted = [
-        case
+        replace(case, source="+".join(sources))
+        for sources in dict.fromkeys(prediction.sources for prediction in found.values())
         for case in cases
-        if case.split == "test" and case.source in sources and (case.patient, case.source) not in predicted
+        if case.split == "test" and case.source == sources[0] and (case.patient, sources) not in predicted
     ]
     order = {(case.patient, case.source): place for place, case in enumerate(cases)}
     in_order = sorted(found.values(), key=lambda p: order[p.cases[0].patient, p.cases[0].source])

@@ -220,6 +220,8 @@ def judge(table: pd.DataFrame, fusion: str, mean_of: str) -> dict[str, Any]:
     tests = table[table["site"] == "all"].set_index(["knockout", "region"])
     done = {TRAINING_MEAN: f"fixing every gate at its mean over {mean_of}", MAP_SWAPPED: "taking another image's map"}
     tested = [name for name in done if (name, "image") in tests.index]
+    if not tested and fusion != "concat":
+        return {"holds": None, "sentence": f"{claim}: not shown; there is no other image whose map could be taken."}
     if not tested:
         return {"holds": False, "sentence": f"{claim}: no, for {fusion} has no gate; both branches pass unscaled."}
     holds, words, why = _judge_region(tests.loc[(tested[0], "image")])

@@ -25,3 +25,8 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
+
+
+def literal(name: str) -> str:
+    """The name as it is, for Matplotlib, which would read a formula between its dollars."""
+    return name.replace("$", r"\$")

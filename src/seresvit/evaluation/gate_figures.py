@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from seresvit.evaluation.figures import COLOURS, MARKERS, STYLE
+from seresvit.evaluation.figures import COLOURS, MARKERS, STYLE, literal
 from seresvit.evaluation.gates import BRANCHES, block_title, blocks_of, on_pixels, tissues_of
 
 BRANCH_NAMES = {"transformer": "transformer", "cnn": "CNN", "both": "both branches"}
@@ -35,8 +35,8 @@ def draw_shares(images: pd.DataFrame, correlations: list[dict[str, Any]], path: 
             for axis, (branch, column) in zip(row, columns, strict=True):
                 for place, (source, points) in enumerate(images.groupby("source", sort=False)):
                     look = {"c": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-                    label = str(source).replace("$", r"\$")
-                    axis.scatter(points[column], points[f"{block}_{branch}"], s=14, alpha=0.65, label=label, **look)
+                    shares, label = points[f"{block}_{branch}"], literal(str(source))
+                    axis.scatter(points[column], shares, s=14, alpha=0.65, label=label, **look)
                     axis.collections[-1].set_linewidth(0)
                 known = rho.get((block, branch, column))
                 shown = "" if known is None else f"   ρ = {known:+.2f}"
@@ -46,7 +46,7 @@ def draw_shares(images: pd.DataFrame, correlations: list[dict[str, Any]], path: 
                 if column.startswith("fraction_"):
                     axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         for axis, (_, column) in zip(axes[-1], columns, strict=True):
-            axis.set_xlabel(across[column])
+            axis.set_xlabel(literal(across[column]))
         for row in axes:
             row[0].set_ylabel("share")
         if images["source"].nunique() > 1:
@@ -138,7 +138,7 @@ def draw_maps(panels: list[dict[str, Any]], path: Path) -> None:
             for axis in row:
                 axis.imshow(panel["source"], cmap="gray", vmin=panel["grey"][0], vmax=panel["grey"][1])
                 axis.set_axis_off()
-            row[0].set_title(panel["title"], loc="left")
+            row[0].set_title(literal(panel["title"]), loc="left")
         for column, place in enumerate(places, start=1):
             maps = [on_pixels(panel["maps"][place], panel["source"].shape) for panel in panels]
             low, high = min(map(np.min, maps)), max(map(np.max, maps))

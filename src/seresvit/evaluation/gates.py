@@ -33,6 +33,8 @@ MIN_BODY_SHARE = 0.05
 # A gate is called nearly constant when its channels move between images by less than this part of what they differ by,
 # or, in an untrained network whose channels are all alike, by less than a thousandth of the gate's range.
 NEARLY_CONSTANT, THOUSANDTH = 0.1, 0.001
+# Shares of one gate differ by less between batches of different sizes; ranks would make a correlation of it.
+ROUNDING = 1e-6
 # A map that differs between positions by less than this says the same everywhere.
 FLAT_MAP = 0.01
 
@@ -189,7 +191,7 @@ def correlations(images: pd.DataFrame) -> list[dict[str, Any]]:
                 for tissue in tissues_of(images):
                     share = f"{block}_{branch}"
                     both = of_source[["patient", share, f"fraction_{tissue}"]].dropna()
-                    varies = all(both[column].nunique() > 1 for column in both.columns[1:])
+                    varies = all(np.ptp(both[column]) > ROUNDING for column in both.columns[1:]) if len(both) else False
                     rho = float(spearmanr(both[share], both[f"fraction_{tissue}"]).statistic) if varies else None
                     found.append(
                         {"source": source, "block": block, "branch": branch, "tissue": tissue, "rho": rho}
@@ -226,6 +228,7 @@ def movement(block: str, gate_NC: np.ndarray, highest: float = 1.0) -> dict[str,
     constant = len(gate_NC) > 1 and over_images < max(NEARLY_CONSTANT * over_channels, THOUSANDTH)
     dead, saturated = (float(of_image[f"{block}_{end}"].mean()) for end in ("dead", "saturated"))
     says = "is nearly constant, so little more than a learned scale" if constant else "changes with the image"
+    says = says if len(gate_NC) > 1 else "was seen in one image only, which does not tell whether it changes"
     verdict = (
         f"The gate of {block_title(block)} {says}: between images a channel's value moves by {over_images:.4f} "
         f"(standard deviation), while channels differ by {over_channels:.4f}. Of its {gate_NC.shape[1]} channels, "

@@ -241,7 +241,7 @@ def knock_out_all(
     `record_gates` names it ("art_1", "art_1.map").
     """
     changes = knock_out_channels(predictor, samples, progress("shutting channels"))
-    tissue = rank_tissue(set(changes["region"]))
+    tissue = rank_tissue(changes.dropna(subset="change")["region"].unique())
     names = list(gate_names)
     rng = np.random.default_rng(SEED)
     rows: list[dict[str, Any]] = []
@@ -249,7 +249,7 @@ def knock_out_all(
         top = top_channels(changes, tissue, sample.patient)
         for places in np.array_split(np.arange(len(sample.inputs)), -(-len(sample.inputs) // predictor.batch_size)):
             inputs_BCHW = sample.inputs[places].to(predictor.device)
-            donor = _donor_gates(predictor, samples, sample, len(places), rng) if names else {}
+            donor = _donor_gates(predictor, samples, sample, places, rng) if names else {}
             contexts: list[Context] = [("intact", ALL, nullcontext())]
             contexts += _of_gates(predictor, names, mean_gates, donor)
             contexts += _of_channels(predictor, top, tissue, mean_gates, len(places), rng)
@@ -295,14 +295,14 @@ def _of_gates(
     maps = [name for name in names if name.endswith(".map")]
     if gates:
         contexts += [(TRAINING_MEAN, site, change(mean_gate, blocks)) for site, blocks in _sites(predictor, gates)]
-        contexts.append((SWAPPED, ALL, change(of_donor, gates)))
+        contexts += [(SWAPPED, ALL, change(of_donor, gates))] if donor else []
     if maps:
         for site, blocks in _sites(predictor, [name.removesuffix(".map") for name in maps]):
             chosen = [f"{block}.map" for block in blocks]
             mean_map = change(lambda name, value: value.mean(dim=(2, 3), keepdim=True), chosen)
             contexts.append((MAP_MEAN, site, mean_map))
         contexts.append((MAP_FLIPPED, ALL, change(lambda name, value: value.flip(-1), maps)))
-        contexts.append((MAP_SWAPPED, ALL, change(of_donor, maps)))
+        contexts += [(MAP_SWAPPED, ALL, change(of_donor, maps))] if donor else []
     return contexts
 
 
@@ -342,14 +342,19 @@ def _of_channels(
 
 
 def _donor_gates(
-    predictor: Predictor, samples: list[Sample], sample: Sample, num_images: int, rng: np.random.Generator
+    predictor: Predictor, samples: list[Sample], sample: Sample, places: np.ndarray, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """Gates and maps of as many random images of one case of another patient; of this case, where there is no other."""
-    others = [other for other in samples if other.patient != sample.patient] or [sample]
-    donor = others[rng.integers(len(others))]
-    places = rng.integers(len(donor.inputs), size=num_images)
+    """For each image at `places` the gates and maps of a random one of another patient, all of one case; where there is
+    no other, of another image of this case, and nothing where that is none either."""
+    others = [other for other in samples if other.patient != sample.patient]
+    if not others and len(sample.inputs) == 1:
+        return {}
+    donor = others[rng.integers(len(others))] if others else sample
+    drawn = rng.integers(len(donor.inputs), size=len(places))
+    if not others:  # never an image's own
+        drawn = (places + rng.integers(1, len(donor.inputs), size=len(places))) % len(donor.inputs)
     with torch.inference_mode(), record_gates(predictor.net) as gates:
-        predictor.net(donor.inputs[places].to(predictor.device))
+        predictor.net(donor.inputs[drawn].to(predictor.device))
     return gates
 
 

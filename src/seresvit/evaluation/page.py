@@ -47,9 +47,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_table(path: Path) -> pd.DataFrame | None:
-    """A CSV file, whose names stay text though they look like numbers; None where there is none."""
+    """A CSV file, whose names stay text though they look like numbers or like "NA"; None where there is none."""
     names = dict.fromkeys(("patient", "source", "split", "fusion", "first", "second"), str)
-    return read(path, lambda text: pd.read_csv(io.StringIO(text), dtype=names))
+    return read(path, lambda text: pd.read_csv(io.StringIO(text), dtype=names, keep_default_na=False, na_values=""))
 
 
 def data_url(png: bytes) -> str:

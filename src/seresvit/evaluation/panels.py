@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.image import imsave
 
+from seresvit.data.geometry import BACKGROUND
 from seresvit.data.pair import matched_slices
 from seresvit.data.pairing import Case, read_manifest
 from seresvit.data.volume import DataError, Unit, Volume, same_grid
@@ -59,6 +60,7 @@ class CaseImages:
     positions_mm: np.ndarray
     spacing_mm_zyx: tuple[float, float, float]
     supine_axial: bool  # rows run to the patient's left, columns to the back
+    predicted: np.ndarray | None = None  # the slices that were predicted, None for all
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,9 @@ def read_predictions(folder: Path | None, manifest: Path | None) -> tuple[list[P
 # Cases from the best to the worst, of each the slice with median error and the one with the largest.
 
 
-def ranked_cases(slices: pd.DataFrame) -> pd.Series:
+def ranked_cases(cases: pd.DataFrame) -> pd.Series:
     """MAE of the network by patient and source, ascending: of the test split where there is one."""
-    of_network = _of_network(slices)
-    return of_network.groupby(["patient", "source"], sort=False)["mae"].mean().sort_values(kind="stable")
+    return _of_network(cases).set_index(["patient", "source"])["mae"].sort_values(kind="stable")
 
 
 def _of_network(slices: pd.DataFrame) -> pd.DataFrame:
@@ -109,9 +110,9 @@ def _of_network(slices: pd.DataFrame) -> pd.DataFrame:
     return of_network if tested.empty else tested
 
 
-def chosen_cases(slices: pd.DataFrame) -> list[dict[str, Any]]:
+def chosen_cases(cases: pd.DataFrame, slices: pd.DataFrame) -> list[dict[str, Any]]:
     """Up to MAX_CASES cases, evenly spread over their ranks by MAE, with the two slices of each."""
-    of_network, ranked = _of_network(slices), ranked_cases(slices)
+    of_network, ranked = _of_network(slices), ranked_cases(cases)
     chosen: list[dict[str, Any]] = []
     for place in sorted(set(np.linspace(0, len(ranked) - 1, MAX_CASES).round().astype(int).tolist())):
         patient, source = ranked.index[place]
@@ -129,13 +130,14 @@ def chosen_cases(slices: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def load_slices(chosen: list[dict[str, Any]], found: list[Prediction]) -> list[tuple[dict[str, Any], Images]]:
-    """Each line of `slices` of the chosen cases with its images, where the predictions have them."""
+    """Each line of `slices` of the chosen cases with its images, where the predictions have that slice."""
     shown: list[tuple[dict[str, Any], Images]] = []
     for case in chosen:
         for prediction in found:
             if prediction.cases and (case["patient"], case["source"]) == prediction.of:
                 images = load_case(prediction)
-                shown += [(line, _slice(images, line["slice"])) for line in case["slices"]]
+                known = range(len(images.target)) if images.predicted is None else images.predicted
+                shown += [(line, _slice(images, line["slice"])) for line in case["slices"] if line["slice"] in known]
     return shown
 
 
@@ -169,24 +171,25 @@ def voxels(every: list[Images]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_case(prediction: Prediction) -> CaseImages:
-    """All slices that source and target share. Raises DataError when the prediction lacks one of them."""
+    """All slices that source and target share; what was not predicted of them, which `evaluate --allow-missing` lets
+    pass, is the background. Raises DataError when the prediction is on another grid or has none of them."""
     pair, predicted = load_prediction(prediction.folder, prediction.record, prediction.cases)
     in_target, in_prediction = matched_slices(pair.target, predicted)
-    if same_grid(predicted, pair.target) or len(in_target) < len(pair.target.array):
+    if same_grid(predicted, pair.target) or not len(in_target):
         raise DataError(f"{prediction.folder}: is not on the target's grid any more; predict and evaluate again")
     rule = prediction.record.get("intensity") or {}
-    synthetic = displayed(predicted, rule["high"] if rule.get("kind") == "percentile" else None)[in_prediction]
+    values = displayed(predicted, rule["high"] if rule.get("kind") == "percentile" else None)
+    synthetic = np.full(pair.target.array.shape, BACKGROUND[pair.target.unit], np.float32)
+    synthetic[in_target] = values[in_prediction]
     affine = pair.target.affine
     rightward, downward = (affine[:3, :2] / np.linalg.norm(affine[:3, :2], axis=0)).T
     axial = pair.target.format != "png" and bool(rightward[0] > 0.9 and downward[1] > 0.9)
     arrays = displayed(pair.source), displayed(pair.target), synthetic
     geometry = affine, pair.target.positions_mm, pair.target.spacing_mm_zyx
-    return CaseImages(*arrays, pair.source.unit, pair.target.unit, *geometry, axial)
+    return CaseImages(*arrays, pair.source.unit, pair.target.unit, *geometry, axial, in_target)
 
 
 def _slice(case: CaseImages, z: int) -> Images:
-    if z >= len(case.target):
-        raise DataError(f"slice {z} of slices.csv is not among the images any more; predict and evaluate again")
     _, row_mm, column_mm = case.spacing_mm_zyx
     arrays = case.source[z].copy(), case.target[z].copy(), case.synthetic[z].copy()  # the rest may leave the memory
     return Images(*arrays, case.source_unit, case.unit, row_mm / column_mm, case.supine_axial)

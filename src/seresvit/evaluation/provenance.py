@@ -26,8 +26,9 @@ def trained(path: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
     except DataError:
         header = {}
         facts.append(("Checkpoint", f"{path.name}, no longer where it was at prediction"))
-    run = path.parents[2] if len(path.parents) > 2 else path.parent
-    made = read_json(run / "manifest.json") if (run / "config.yaml").is_file() else None
+    in_run = path.parent.parent.name == "checkpoints"  # a comparison's folder has a config.yaml and manifest.json, too
+    run = path.parents[2] if in_run else path.parent
+    made = read_json(run / "manifest.json") if in_run and (run / "config.yaml").is_file() else None
     log = _read_log(run / "log.jsonl") if made else pd.DataFrame()
     if made:
         patients, planes = made["num_patients"], made["num_slices"]
@@ -81,8 +82,9 @@ def _read_log(path: Path) -> pd.DataFrame:
     kept: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         line = json.loads(text)
-        now = line["stage"], line["images"]
-        kept = [old for old in kept if (old["stage"], old["images"]) <= now] + [line]
+        while kept and (kept[-1]["stage"], kept[-1]["images"]) > (line["stage"], line["images"]):
+            kept.pop()
+        kept.append(line)
     log = pd.DataFrame(kept, columns=None if kept else ["stage", "images"])
     first = log.loc[log["stage"] == 1, "images"].max() if (log["stage"] == 1).any() else 0
     return log.assign(seen=log["images"] + np.where(log["stage"] == 2, first, 0))

@@ -42,7 +42,7 @@ from seresvit.evaluation.viewer import linked_views, scripts
 
 MEMORY = "report.json"
 CONCAT = "concat"
-MAX_COLUMNS = 5
+MAX_COLUMNS = 4
 
 
 def write_report(out: Path, predictions: Path | None = None, manifest: Path | None = None) -> Path:
@@ -68,8 +68,8 @@ def write_report(out: Path, predictions: Path | None = None, manifest: Path | No
         of_test = tested(cases)
         page |= {"distributions": distributions(of_test, page["protocol"])}
         page |= {"agreement": agreement(of_test, page["protocol"])}
-    if slices is not None:
-        page |= _images(slices, found)
+    if cases is not None and slices is not None:
+        page |= _images(cases, slices, found)
     if explained is not None:
         page["gates"] = _gates(out, explained, found)
     if trained_at:
@@ -90,21 +90,23 @@ def _remembered(out: Path, predictions: Path | None, manifest: Path | None) -> t
     return places["predictions"], places["manifest"]
 
 
-def _images(slices: pd.DataFrame, found: list[Prediction]) -> dict[str, Any]:
+def _images(cases: pd.DataFrame, slices: pd.DataFrame, found: list[Prediction]) -> dict[str, Any]:
     """The images of a few cases, their voxels as one chart, and the case to scroll through; nothing without images."""
-    chosen = chosen_cases(slices)
+    chosen = chosen_cases(cases, slices)
     shown = load_slices(chosen, found)
     pictures = panels(chosen, shown)
     if pictures is None:
         return {}
     target, synthetic = voxels([images for _, images in shown])
     chart = bland_altman(target, synthetic, pictures["unit"]) if len(target) > 1 else ""
-    return {"panels": pictures, "bland_altman": chart, "viewer": _viewer(slices, found, pictures["window"])}
+    return {"panels": pictures, "bland_altman": chart, "viewer": _viewer(cases, slices, found, pictures["window"])}
 
 
-def _viewer(slices: pd.DataFrame, found: list[Prediction], window: tuple[float, float]) -> dict[str, Any] | None:
+def _viewer(
+    cases: pd.DataFrame, slices: pd.DataFrame, found: list[Prediction], window: tuple[float, float]
+) -> dict[str, Any] | None:
     """The case with the median error, at its slice with the largest."""
-    ranked = ranked_cases(slices)
+    ranked = ranked_cases(cases)
     patient, source = ranked.index[(len(ranked) - 1) // 2]
     for prediction in found:
         if prediction.cases and prediction.of == (patient, source):
@@ -139,6 +141,8 @@ def _gates(out: Path, explained: dict[str, Any], found: list[Prediction]) -> dic
     moved = [explained[part][block][branch] for part, block, branch in places]
     told = ("num_images", "num_patients", "tissues_by", "finding", "run", "split")
     images = {name: out / f"{name}.png" for name in ("gates", "knockouts", "channels", "maps")}
+    # Explain counts slices on the grid of training, which is the target's unless `data.resample` names another one.
+    on_target = all(prediction.record.get("resample") in (None, "", "target") for prediction in found)
     return {
         **{name: explained[name] for name in told},
         "fusion": explained.get("fusion", ""),
@@ -151,7 +155,7 @@ def _gates(out: Path, explained: dict[str, Any], found: list[Prediction]) -> dic
             for part, block, branch in places
         ],
         "examples": examples,
-        "panels": panels(examples, load_slices(examples, found)),
+        "panels": panels(examples, load_slices(examples, found)) if on_target else None,
         "means": [f"{m['mean']:.4f} ± {m.get('std', m.get('std_over_images')):.4f}" for m in moved],
         "ranges": [f"{m['min']:.4f} to {m['max']:.4f}" if "min" in m else "–" for m in moved],
         "verdicts": [of["verdict"] for part in parts for of in explained.get(part, {}).values()],

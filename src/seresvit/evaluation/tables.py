@@ -125,11 +125,15 @@ def statistics_of(cases: pd.DataFrame, protocol: str, against: pd.DataFrame | No
 def read_cases(folder: Path, cases: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """The cases of the evaluation in `folder`, if it is of the same protocol and of the same cases as `cases`.
 
-    Raises ConfigError for another protocol, DataError for a folder that holds no evaluation or one of other cases.
+    Raises ConfigError for another protocol, DataError for a folder that holds no evaluation or one of other cases or of
+    fewer or more slices of them.
     """
     try:
         identity = {"patient": str, "source": str, "split": str}
-        other, summary = (pd.read_csv(folder / name, dtype=identity) for name in ("cases.csv", "summary.csv"))
+        other, summary = (
+            pd.read_csv(folder / name, dtype=identity, keep_default_na=False, na_values="")  # a patient may be "NA"
+            for name in ("cases.csv", "summary.csv")
+        )
         found = summary["protocol"].iloc[0]
         theirs = set(map(tuple, other[["patient", "source", "split"]].to_numpy()))
     except (OSError, ValueError, LookupError) as error:
@@ -142,6 +146,12 @@ def read_cases(folder: Path, cases: pd.DataFrame, protocol: str) -> pd.DataFrame
         raise DataError(
             f"{folder}: holds {len(theirs)} cases, {len(ours & theirs)} of them among the {len(ours)} evaluated here; "
             "predict and evaluate the same cases with both"
+        )
+    counts = [table.groupby(["patient", "source"])["slices"].max() for table in (cases, other)]
+    if len(differing := counts[0][counts[0] != counts[1]]):
+        raise DataError(
+            f"{folder}: {len(differing)} cases were scored on other slices than here, such as "
+            f"{' '.join(differing.index[0])}; predict and evaluate the same slices with both"
         )
     return other
 
@@ -250,9 +260,10 @@ def _shown_metrics(metrics: list[str], protocol: str) -> list[str]:
 
 
 def shown_name(metric: str) -> str:
-    """The metric as people write it: MS-SSIM, MAE bone."""
+    """The metric as people write it: MS-SSIM, MAE bone (of a label), MAE bone by HU (of a range)."""
     name, _, region = metric.partition("_") if metric.startswith("mae_") else (metric, "", "")
-    return f"{name.upper().replace('_', '-')} {region.removeprefix('hu_')}".rstrip()
+    region = f"{region[3:]} by HU" if region.startswith("hu_") else region
+    return f"{name.upper().replace('_', '-')} {region}".rstrip()
 
 
 def unit_of(metric: str, protocol: str) -> str:

@@ -35,9 +35,11 @@ def calibrate(
     the highest patient, the mean half-width in the target's unit, and the number of patients. Regions are the
     manifest's labels where they have names, else `regions_hu`, ranges of the target's HU. The intervals hold for the
     predictor's own flips, planes, tiles and further checkpoints only, and so its file is used for these only.
-    Raises ConfigError for a split with fewer than FEWEST_PATIENTS patients, DataError for targets whose values mean
-    something else in every patient (MR).
+    Raises ConfigError for a split with fewer than FEWEST_PATIENTS patients, or tried on itself, DataError for targets
+    whose values mean something else in every patient (MR).
     """
+    if split == held_out:
+        raise ConfigError(f"--held-out {held_out}: intervals are tried on other patients than --split; name another")
     if predictor.data.intensity.target not in ("window", "uint8"):
         raise DataError(f"{predictor.path}: MR targets have no common unit, so that errors of patients do not compare")
     groups = load_channels(read_manifest(manifest), predictor.data.channels)
@@ -71,7 +73,8 @@ def calibrate(
 
 def _predicted(predictor: Predictor, group: Group) -> tuple[Pair, np.ndarray, np.ndarray | None]:
     """A case's images on the target's slices, and what the predictor's members make of them, on the same grid."""
-    pair = load_pair(*group, data=predictor.data, to_score=True)
+    as_acquired = predictor.data.model_copy(update={"n4": False})  # the predictor corrects for the bias field itself
+    pair = load_pair(*group, data=as_acquired, to_score=True)
     synthetic, spread, _ = predictor.with_spread(*pair.sources)
     return pair, synthetic.array, None if spread is None else spread.array
 

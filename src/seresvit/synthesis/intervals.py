@@ -14,6 +14,7 @@ expect a few percent of coverage too many or too few.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,14 @@ def fit(samples: Sequence[np.ndarray], coverage: float, members: dict[str, Any])
     floor = float(spread.mean()) or 1.0
     edges = _edges(value, patient, len(samples))
     score, range_of = error / (spread + floor), np.digitize(value, edges)
-    factors = [float(np.quantile(score[range_of == k], coverage, method="higher")) for k in range(len(edges) + 1)]
+    factors = [_quantile(score[range_of == k], coverage) for k in range(len(edges) + 1)]
     return Intervals(coverage, floor, edges, factors, len(samples), members)
+
+
+def _quantile(score: np.ndarray, coverage: float) -> float:
+    """The score of rank ⌈(n + 1) · coverage⌉ among n (Lei et al., algorithm 2): what a further one stays below."""
+    rank = min(ceil((len(score) + 1) * coverage), len(score))
+    return float(np.partition(score, rank - 1)[rank - 1])
 
 
 def half_width(intervals: Intervals, synthetic: np.ndarray, spread: np.ndarray | None) -> np.ndarray:

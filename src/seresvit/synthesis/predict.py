@@ -159,7 +159,7 @@ def _request(predictor: Predictor, asked: Asked, images: list[Path]) -> str:
     """The hash of all that the result depends on: the images' bytes, the checkpoints, the options, the version."""
     intervals = predictor.intervals.as_dict() if asked.uncertainty and predictor.intervals else None
     parts = [[image_hash(image) for image in images], predictor.members_record, predictor.names, intervals]
-    options = [asked.mark, asked.anonymize, asked.uncertainty, __version__]
+    options = [asked.mark, asked.anonymize, asked.uncertainty, asked.strict, __version__]
     return hashlib.sha256(json.dumps([*parts, *options], sort_keys=True).encode()).hexdigest()
 
 
@@ -237,7 +237,7 @@ def _write(predictor: Predictor, asked: Asked, made: Made) -> None:
         description = f"Synthetic {target} (SE-ResViT)"
         record["path"] = written(made.synthetic, temporary, description, predictor.target_energy_kev)
         if made.uncertainty:
-            kind = f"half-width of {intervals.coverage:.0%} interval" if intervals else "spread, not calibrated"
+            kind = f"half-width of {100 * intervals.coverage:g}% interval" if intervals else "spread, not calibrated"
             path = written(made.uncertainty, temporary / "uncertainty", f"Uncertainty of {target}: {kind}", None)
             kind, coverage = ("interval", intervals.coverage) if intervals else ("spread", None)
             record["uncertainty"] = {"path": path, "kind": kind, "coverage": coverage, "unit": made.uncertainty.unit}

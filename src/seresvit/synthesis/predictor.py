@@ -62,6 +62,7 @@ class Predictor:
             raise ConfigError(f"--device {device}: no CUDA device is visible; use --device cpu")
         self.path = Path(path)
         self.net = checkpoint.load(path, device)
+        self.checkpoint_sha256 = sha256_of(self.path)  # at once: a training may replace the file later
         self.header = self.net.header
         self.device = torch.device(device)
         backends.check(backend, self.device, norm_statistics)
@@ -94,6 +95,8 @@ class Predictor:
         for other in self.ensemble[1:]:
             if other.data != self.data or other.target_name != self.target_name:
                 raise ConfigError(f"--ensemble {other.path}: other data settings or another target than {path}")
+        if len({one.checkpoint_sha256 for one in self.ensemble}) < len(self.ensemble):
+            raise ConfigError("--ensemble: one checkpoint twice agrees with itself, whatever it gives; name each once")
         self._last_trained: tuple[tuple[Volume, ...], tuple[Volume, ...]] = ((), ())
 
     def __call__(self, *sources: Volume) -> Volume:
@@ -167,6 +170,8 @@ class Predictor:
                 backend, parity = self._started[name], None
                 if slices_BCHW is not None and name != "torch":
                     parity = backends.parity(backend, self.net, slices_BCHW, target)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise  # what else runs on the machine must not decide which image a study gets
             except Exception as error:  # whatever a runtime raises, the next may do
                 if name == self.names[-1]:
                     raise DataError(f"--backend {name}: {error}; use --backend torch") from error
@@ -213,11 +218,6 @@ class Predictor:
     def target_energy_kev(self) -> float | None:
         """The energy that the target's name states, None when it states none."""
         return energy_kev_in(self.target_name)
-
-    @cached_property
-    def checkpoint_sha256(self) -> str:
-        """The hash of the checkpoint file, read once however many cases are predicted."""
-        return sha256_of(self.path)
 
     @cached_property
     def members_record(self) -> dict[str, Any]:
@@ -275,10 +275,14 @@ class Predictor:
         if not record or len(sources) != max(len(self.data.channels), 1):
             return []
         trained = self.as_trained(*sources)
-        slices_BCHW = torch.cat(list(self.batches(*trained, of=familiarity.looked_at(len(trained[0].array)))))
-        with record_gates(self.net) as gates:
-            self.net(slices_BCHW)
-        distance, name = familiarity.distance(familiarity.described(slices_BCHW, gates), record)
+        batches, gates = [], []
+        for batch_BCHW in self.batches(*trained, of=familiarity.looked_at(len(trained[0].array))):
+            with record_gates(self.net) as of_batch:
+                self.net(batch_BCHW)
+            batches.append(batch_BCHW)
+            gates.append(of_batch)
+        of_all = {name: torch.cat([of_batch[name] for of_batch in gates]) for name in gates[0]}
+        distance, name = familiarity.distance(familiarity.described(torch.cat(batches), of_all), record)
         if distance <= 1:
             return []
         return [

@@ -57,20 +57,23 @@ def export_int8(
 
 
 def _spread(predictor: Predictor, images: Path, split: str) -> tuple[list[np.ndarray], Intensity]:
-    """At most 2 · NUM_SLICES inputs (1, C, H, W) out of all images, and the intensity rule of the target."""
+    """At most 2 · NUM_SLICES inputs (1, C, H, W), evenly spread, and the intensity rule of the target."""
     groups: list[tuple[Case, ...]] = [()]
     if images.suffix == ".csv":
         cases = [case for case in read_manifest(images) if split in ("all", case.split)]
         groups = load_channels(cases, predictor.data.channels)
+        groups = groups[:: -(-len(groups) // (2 * NUM_SLICES)) or 1]
     slices: list[np.ndarray] = []
     for group in groups:
         trained = predictor.as_trained(*(load_sources(group, predictor.data) if group else [read_volume(images)]))
-        count = min(len(trained[0].array), max(2 * NUM_SLICES // len(groups), 1))
-        wanted = np.unique(np.linspace(0, len(trained[0].array) - 1, count).astype(int)).tolist()
+        num_slices = len(trained[0].array)
+        count = min(num_slices, max(2 * NUM_SLICES // len(groups), 1))
+        # The middles of as many equal parts: the ends of a volume show the least of the body.
+        wanted = ((np.arange(count) + 0.5) * num_slices / count).astype(int).tolist()
         slices += [one.numpy() for batch in predictor.batches(*trained, of=wanted) for one in batch.split(1)]
     if len(slices) < 2:
         raise ConfigError(f"{images}: int8 needs at least 2 slices, found {len(slices)}; give more images")
-    return slices[: 2 * NUM_SLICES], predictor.target_intensity(trained[0])
+    return slices, predictor.target_intensity(trained[0])
 
 
 def quantised(float_model: Any, slices: list[np.ndarray]) -> Any:
