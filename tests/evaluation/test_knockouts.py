@@ -243,22 +243,33 @@ def test_top_channels_are_chosen_by_the_other_patients():
 
 
 @pytest.mark.parametrize(
-    ("change", "low", "high", "holds", "words"),
+    ("change", "low", "high", "n", "p", "holds", "words"),
     [
-        (2.0, 1.0, 3.0, True, "yes; fixing every gate at its mean over 64 training images changes the MAE by +2 HU"),
-        (0.2, 0.1, 2.0, False, "hardly"),
-        (0.1, -0.2, 0.3, False, "no, not in effect"),
-        (-2.0, -3.0, -1.0, False, "serves an image worse"),
-        (2.0, -1.0, 5.0, None, "not shown"),
-        (2.0, None, None, None, "too few"),
-        (0.0, None, None, False, "does as well"),
+        (
+            2.0,
+            1.0,
+            3.0,
+            9,
+            0.004,
+            True,
+            "yes; fixing every gate at its mean over 64 training images changes",
+        ),
+        (2.0, 1.0, 3.0, 9, 0.06, None, "not shown"),
+        (2.0, 1.0, 3.0, 5, np.nan, None, "not shown"),  # the interval of so few is no test
+        (0.2, 0.1, 2.0, 9, 0.01, False, "hardly"),
+        (0.1, -0.2, 0.3, 9, 0.3, False, "no, not in effect"),
+        (0.1, -0.2, 0.3, 5, np.nan, None, "not shown"),
+        (-2.0, -3.0, -1.0, 9, 0.004, False, "serves an image worse"),
+        (2.0, -1.0, 5.0, 9, 0.1, None, "not shown"),
+        (2.0, None, None, 3, np.nan, None, "too few"),
+        (0.0, None, None, 3, np.nan, False, "does as well"),
     ],
 )
-def test_the_claim_is_judged_by_the_interval_and_the_size_of_the_change(change, low, high, holds, words):
+def test_the_claim_is_judged_by_the_test_and_the_size_of_the_change(change, low, high, n, p, holds, words):
     row = {"knockout": knockouts.TRAINING_MEAN, "site": "all", "region": "image", "mae_intact": 50.0, "unit": "HU"}
-    row |= {"change": change, "low": low, "high": high, "n": 5, "percent": change * 2, "why_no_interval": "too few"}
-    claim = judge(pd.DataFrame([row]), "se", "64 training images")
-    assert claim["holds"] is holds and words in claim["sentence"] and "n = 5 patients" in claim["sentence"]
+    row |= {"change": change, "low": low, "high": high, "n": n, "p": p, "percent": change * 2}
+    claim = judge(pd.DataFrame([row | {"why_no_interval": "too few"}]), "se", "64 training images")
+    assert claim["holds"] is holds and words in claim["sentence"] and f"n = {n} patients" in claim["sentence"]
 
 
 @pytest.mark.parametrize("kind", ["concat", "scse", "aff", "spatial-se"])

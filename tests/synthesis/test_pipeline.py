@@ -76,7 +76,13 @@ def test_under_torchrun_each_process_waits_for_the_others(tmp_path):
         "wait_for_all()\n"
         f"assert len(os.listdir({str(tmp_path)!r})) == size == 2\n"
     )
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
+    common = {
+        **os.environ,
+        "TORCHELASTIC_RUN_ID": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29631",
+    }
     processes = [
         subprocess.Popen([sys.executable, "-c", script], env={**common, "RANK": str(rank)}) for rank in range(2)
     ]

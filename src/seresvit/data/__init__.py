@@ -51,13 +51,15 @@ def write_volume(
     energy_kev: float | None = None,
     checkpoint_sha256: str = "",
     mark: "Mark | None" = None,
+    is_uncertainty: bool = False,
 ) -> Path:
     """Writes `volume` under the folder `path` in its own format; what comes back is what `read_volume` reads again.
 
     DICOM and PNG become the folder, whatever stood there (never its source); NIfTI and ITK images become
     `synthetic.nii.gz`, `.mha` or `.nrrd` in it. `description` goes into the header of every format, `energy_kev` and
     `checkpoint_sha256` into that of DICOM, whose UIDs depend on it. `mark` puts the word SYNTHETIC on every slice:
-    "burned" into the values, or an "overlay", which only DICOM has. Raises DataError as the writers do.
+    "burned" into the values, or an "overlay", which only DICOM has. DICOM says what `is_uncertainty`. Raises DataError
+    as the writers do.
     """
     from seresvit.data.derived import write_derived
     from seresvit.data.mark import burned
@@ -76,6 +78,7 @@ def write_volume(
             checkpoint_sha256=checkpoint_sha256,
             energy_kev=energy_kev,
             mark=mark,
+            is_uncertainty=is_uncertainty,
         )
         return path
     if mark == "overlay":

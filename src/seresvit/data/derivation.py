@@ -62,8 +62,9 @@ MULTI_ENERGY = ("MultienergyCTAcquisitionSequence", "MultienergyCTCharacteristic
 class Derivation:
     """One derived series: what it is, by which checkpoint, and its values as stored.
 
-    `stored` (Z, Y, X) is signed 16 bits of 1 HU where HU fit these; any other values span unsigned 16 bits. `slope` and
-    `intercept` are the series' own, since a viewer may overlook those of a slice; `window` is centre and width.
+    `stored` (Z, Y, X) is signed 16 bits of 1 HU where HU fit these; any other values, and an uncertainty, of which
+    parts of one HU count, span unsigned 16 bits. `slope` and `intercept` are the series' own, since a viewer may
+    overlook those of a slice; `window` is centre and width.
     """
 
     label: str
@@ -71,6 +72,7 @@ class Derivation:
     modality: str
     energy_kev: float | None
     mark: Mark | None
+    is_uncertainty: bool
     stored: np.ndarray
     slope: str
     intercept: str
@@ -100,15 +102,18 @@ def derivation_of(
     checkpoint_sha256: str,
     energy_kev: float | None,
     mark: Mark | None,
+    is_uncertainty: bool,
 ) -> Derivation:
     """How the (Z, Y, X) `array`, in the unit of `volume`, is stored and described."""
     low, high = float(array.min()), float(array.max())
-    if volume.unit == "HU" and low >= -32768.5 and high <= 32767.5:
+    as_ct = volume.unit == "HU" and not is_uncertainty
+    if as_ct and low >= -32768.5 and high <= 32767.5:
         dtype, slope, intercept = "<i2", "1", "0"
     else:
         dtype, slope = "<u2", format_number_as_ds((high - low) / 65534 if high > low else 1.0)
         intercept = format_number_as_ds(low)
-    dim, bright = (40.0 - 200, 40.0 + 200) if volume.unit == "HU" else map(float, np.percentile(array, (1, 99)))
+    soft_tissue = (40.0 - 200, 40.0 + 200)
+    dim, bright = soft_tissue if as_ct else map(float, np.percentile(array, (1, 99)))
     stored = np.empty(array.shape, dtype)
     for plane, values in zip(stored, array, strict=True):
         steps = np.rint((values.astype(np.float64) - float(intercept)) / float(slope))
@@ -122,6 +127,7 @@ def derivation_of(
         modality="CT" if volume.unit == "HU" else volume.modality or text_of(volume.headers[0], "Modality"),
         energy_kev=energy_kev,
         mark=mark,
+        is_uncertainty=is_uncertainty,
         stored=stored,
         slope=slope,
         intercept=intercept,
@@ -180,7 +186,8 @@ def describe(derived: Dataset, source: Dataset, derivation: Derivation) -> None:
     derived.SeriesDescription = derivation.label[:64]
     derived.SeriesInstanceUID = derivation.uid_of(source.SeriesInstanceUID)
     derived.SOPInstanceUID = derivation.uid_of(source.SOPInstanceUID)
-    derived.SeriesNumber = 1000 + (int(number) if (number := text_of(source, "SeriesNumber")).isdecimal() else 0)
+    first = 2000 if derivation.is_uncertainty else 1000
+    derived.SeriesNumber = first + (int(number) if (number := text_of(source, "SeriesNumber")).isdecimal() else 0)
     if derivation.mark == "burned":
         derived.BurnedInAnnotation = "YES"
     equipment = Dataset()

@@ -46,6 +46,7 @@ def write_derived(
     checkpoint_sha256: str,
     energy_kev: float | None = None,
     mark: Mark | None = None,
+    is_uncertainty: bool = False,
 ) -> list[Path]:
     """Paths SYN_0001.dcm, ... in `folder`: a slice each in the order of `volume.array`, or an enhanced object each.
 
@@ -54,8 +55,9 @@ def write_derived(
     units keep the modality. Values come back within half a slope; the slope is 1 HU where 16 bits hold the range. The
     same values, source and `checkpoint_sha256` give the same bytes. `energy_kev` goes into SeriesDescription, and into
     the multi-energy attributes where the source has them. `mark`: "burned" into the pixels, or an "overlay" plane.
-    `folder` is replaced when all is written. Raises DataError: headers and slices differ in number or size, values not
-    finite, an overlay for enhanced objects.
+    `is_uncertainty`: a map of how far a synthetic image may be off, stored as finely as 16 bits allow. `folder` is
+    replaced when all is written. Raises DataError: headers and slices differ in number or size, values not finite, an
+    overlay for enhanced objects.
     """
     folder, headers, count = Path(folder), volume.headers, len(volume.array)
     if volume.format != "dicom" or len(headers) != count or not headers:
@@ -68,7 +70,7 @@ def write_derived(
         raise DataError(f"{volume.path}: slices must be {size} as in the source, found {found}; resample first")
     array = burned(volume.array, volume.unit) if mark == "burned" else volume.array
     with tolerant(), written_whole(folder) as temporary:
-        derivation = derivation_of(volume, array, description, checkpoint_sha256, energy_kev, mark)
+        derivation = derivation_of(volume, array, description, checkpoint_sha256, energy_kev, mark, is_uncertainty)
         objects = _slices
         if is_enhanced(headers[0], derivation.modality):
             objects = enhanced_objects
@@ -91,6 +93,8 @@ def _slices(headers: tuple[Dataset, ...], derivation: Derivation) -> Iterator[Da
         derived.ImageType = ["DERIVED", "SECONDARY", _third_value(derived, source)]
         derived.update(derivation_statement(derivation))
         derived.ImageComments = "Synthetic image: computed, not acquired by a scanner"
+        if derivation.is_uncertainty:
+            derived.ImageComments = "Uncertainty of a synthetic image: a map, no image of the patient"
         derived.SourceImageSequence = [source_reference(source)]
         if (energy := monoenergetic(derivation, source)) is not None:
             derived.ImageType = [*derived.ImageType, "VMI"]

@@ -284,7 +284,10 @@ def _best(patients: pd.DataFrame, comparison: Comparison) -> tuple[str, bool, st
     It is when it is shown to be lower than each other one. Since the numbers chose it, p is adjusted over all pairs of
     fusions, not only over its own.
     """
-    means = {fusion: _by_seed(patients, fusion, MAIN).mean().mean() for fusion in patients["fusion"].unique()}
+    of_fusion = {fusion: _by_seed(patients, fusion, MAIN) for fusion in patients["fusion"].unique()}
+    # A run may have failed: only seeds that all fusions have are compared, since seeds differ more than fusions do.
+    common = set.intersection(*(set(table.index) for table in of_fusion.values()))
+    means = {fusion: table.loc[sorted(common) or table.index].mean().mean() for fusion, table in of_fusion.items()}
     best, *others = sorted(means, key=means.__getitem__)
     mean = f"{means[best]:.{digits_of(MAIN, comparison.protocol)}f} {unit_of(MAIN, comparison.protocol)}".strip()
     if not others:

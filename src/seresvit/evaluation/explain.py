@@ -51,6 +51,7 @@ from seresvit.evaluation.knockouts import (
     draw_sample,
     knock_out_all,
 )
+from seresvit.evaluation.statistics import ALPHA, MIN_PATIENTS_P
 from seresvit.synthesis.predictor import Predictor
 
 Group = tuple[Case, ...]
@@ -241,19 +242,18 @@ def _judge_region(row: pd.Series) -> tuple[bool | None, str, str]:
     low, high = (row["low"], row["high"]) if has_interval else (np.nan, np.nan)
     if abs(change) < 1e-3 * least:  # rounding: then too few patients for an interval are enough
         low = high = change
-    if max(abs(low), abs(high)) < least:
+    # The interval of few patients is too narrow (docs/metrics.md), so that it must not speak alone.
+    enough, shown = low == high or row["n"] >= MIN_PATIENTS_P, pd.notna(row["p"]) and row["p"] < ALPHA
+    if enough and max(abs(low), abs(high)) < least:
         return False, "no, not in effect", "so one that is not the image's own does as well"
-    if low > 0 and change >= least:
+    if shown and low > 0 and change >= least:
         return True, "yes", "so each image needs its own"
-    if low > 0:
+    if shown and low > 0:
         return False, "hardly", f"which is there, but below {NEGLIGIBLE:.0%}"
-    if high < 0:
+    if shown and high < 0:
         return False, "no", "so its own serves an image worse"
-    return (
-        None,
-        "not shown",
-        "which these patients cannot tell from nothing" if has_interval else row["why_no_interval"],
-    )
+    why = "which these patients cannot tell from nothing" if has_interval else row["why_no_interval"]
+    return None, "not shown", why
 
 
 def _measured(row: pd.Series) -> str:

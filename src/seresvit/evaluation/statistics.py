@@ -62,9 +62,9 @@ def seeds_and_patients_difference(first: pd.DataFrame, second: pd.DataFrame) -> 
 
     Interval: percentiles of a bootstrap that draws seeds and, for each draw, patients, one draw of patients for all
     drawn seeds, since each seed saw the same patients (crossed: Owen, Ann. Appl. Stat. 2007, who shows that it is
-    conservative). With one seed, it is that of `paired_difference` and knows nothing of other seeds. p and effect size:
-    of the patients' means over seeds, so for these seeds. Seed k of `first` is compared with seed k of `second`. Raises
-    ValueError: other seeds or patients.
+    conservative for many; with few seeds it is too narrow still). With one seed, it is that of `paired_difference` and
+    knows nothing of other seeds. p and effect size: of the patients' means over seeds, so for these seeds. Seed k of
+    `first` is compared with seed k of `second`. Raises ValueError: other seeds or patients.
     """
     differences_SP = _paired(first, second)
     if len(differences_SP) == 1:

@@ -9,7 +9,7 @@ It finds images of another kind: another modality, unit, window, energy or orien
 an image that is wrong in a place of a few pixels; and a network that was trained on few patients knows few.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -68,14 +68,21 @@ def described(source_BCHW: torch.Tensor, gates: Gates) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def of_training(network: Generator, store: Prepared, context_slices: int) -> Record:
-    """What the training cases of a prepared store are like to a network in eval mode; see `learned`."""
+def of_training(
+    network: Generator, store: Prepared, context_slices: int, stopping: Callable[[], bool] = lambda: False
+) -> Record:
+    """What the training cases of a prepared store are like to a network in eval mode; see `learned`.
+
+    Nothing when `stopping` says so between two cases.
+    """
     cases = [case for case in store.cases if case.split == "train"]
     cases = [cases[int(index)] for index in np.linspace(0, len(cases) - 1, min(CASES, len(cases))).round()]
     if len({case.patient for case in cases}) < FEWEST_PATIENTS:
         return {}
     device, found = next(network.parameters()).device, []
     for case in cases:
+        if stopping():
+            return {}
         slices = [read_slice(store, case, index, context_slices)[0] for index in looked_at(case.shape[0])]
         slices_BCHW = torch.from_numpy(np.stack(slices)).to(device)
         with record_gates(network) as gates:

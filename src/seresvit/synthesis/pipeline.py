@@ -72,7 +72,12 @@ def slices_at_a_time(shape_yx: tuple[int, int], base_channels: int, device: torc
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's number and how many torchrun started; (0, 1) without it."""
+    """This process's number and how many torchrun started; (0, 1) without it.
+
+    Clusters set variables of these names for purposes of their own, too.
+    """
+    if not torch.distributed.is_torchelastic_launched():
+        return 0, 1
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -229,6 +229,7 @@ def _write(predictor: Predictor, asked: Asked, made: Made) -> None:
             energy_kev=energy_kev,
             checkpoint_sha256=predictor.checkpoint_sha256,
             mark=asked.mark,
+            is_uncertainty=volume is made.uncertainty,
         )
         return str(path.relative_to(temporary))
 

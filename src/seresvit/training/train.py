@@ -107,10 +107,10 @@ def train(
         log = run_folder.Log(run_dir, config, *reached) if fabric.is_global_zero else None
         try:
             for number in left:
-                stage = start_stage(fabric, config, number, last)
-                fit(replace(run, log=log, signals=signals), stage, progress)
+                # No name holds the stage on: its networks and optimizers must be gone when the next ones come.
+                fit(replace(run, log=log, signals=signals), start_stage(fabric, config, number, last), progress)
                 last = run_dir / "checkpoints" / "last"
-            acquaint(run)
+            acquaint(replace(run, signals=signals))
         finally:
             if log:
                 log.close()
@@ -118,12 +118,19 @@ def train(
 
 
 def acquaint(run: Run) -> None:
-    """Write into the best checkpoint what the training images look like to it, unless that stands there already."""
+    """Write into the best checkpoint what the training images look like to it, unless that stands there already.
+
+    A signal ends it with Stopped and nothing written; the next call does it.
+    """
     best = run.folder / "checkpoints" / "best" / MODEL
     if run.fabric.is_global_zero and best.is_file():
         network = checkpoint.load(best, run.fabric.device)
         if "familiarity" not in network.header:
-            record = familiarity.of_training(network, run.store, run.config.data.context_slices)
+            record = familiarity.of_training(
+                network, run.store, run.config.data.context_slices, lambda: bool(run.signals)
+            )
+            if run.signals:
+                raise Stopped(f"{run.folder}: stopped after its last image", run.signals[0])
             checkpoint.save(network, best, {**network.header, "familiarity": record})
 
 
