@@ -9,8 +9,10 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/seresvit demo --out demo
 
+# The tests of training fork and send signals: in a process of their own, where no other library's threads run.
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore=tests/training
+	$(BIN)/pytest tests/training
 
 check: .venv/installed
 	$(BIN)/ruff check

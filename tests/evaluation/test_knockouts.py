@@ -272,7 +272,7 @@ def test_the_claim_is_judged_by_the_test_and_the_size_of_the_change(change, low,
     assert claim["holds"] is holds and words in claim["sentence"] and f"n = {n} patients" in claim["sentence"]
 
 
-@pytest.mark.parametrize("kind", ["concat", "scse", "aff", "spatial-se"])
+@pytest.mark.parametrize("kind", ["concat", "aff", "spatial-se"])
 def test_every_form_of_fusion_can_be_explained(folder, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(knockouts, "CHANNEL_SLICES", 1)
     network = Predictor(write_checkpoint(tmp_path / "net.safetensors", kind), "cpu")
