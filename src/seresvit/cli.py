@@ -291,12 +291,13 @@ def evaluate(
     Writes summary, patients, cases, slices and statistics as CSV, evaluation.xlsx, evaluation.json and report.html.
     """
     from seresvit.evaluation import evaluate as evaluation
+    from seresvit.evaluation import tables
     from seresvit.evaluation.report import write_report
 
     result = evaluation.evaluate(predictions, manifest, protocol, out, allow_missing, against)
     report = write_report(out, predictions, manifest)
-    show(evaluation.render_table(result))
-    for line in (*result.missing, *result.notes, *evaluation.sentences(result)):
+    show(tables.render_table(result))
+    for line in (*result.missing, *result.notes, *tables.sentences(result)):
         say(line)
     say(f"tables → {out}, page → {report}")
     return result

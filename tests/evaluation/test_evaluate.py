@@ -19,9 +19,10 @@ from scipy.stats import wilcoxon
 
 from seresvit.config import ConfigError
 from seresvit.data.volume import DataError
-from seresvit.evaluation.evaluate import METHODS, evaluate, render_table, sentences
+from seresvit.evaluation.evaluate import evaluate
 from seresvit.evaluation.metrics import score
 from seresvit.evaluation.page import read_table
+from seresvit.evaluation.tables import METHODS, render_table, sentences
 
 FRAME = generate_uid()
 

@@ -28,12 +28,9 @@ from seresvit.evaluation.regions import region_scores, tally
 from seresvit.evaluation.tables import (
     IDENTITY,
     METHODS,
-    SHARES,
     Evaluation,
     patients_of,
     read_cases,
-    render_table,
-    sentences,
     statistics_of,
     summarise,
     write,
@@ -41,16 +38,22 @@ from seresvit.evaluation.tables import (
 from seresvit.evaluation.texture import TargetTexture, edge_sharpness, noise_ratios, target_texture
 from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU, tissue_map
 
-__all__ = ["METHODS", "SHARES", "Evaluation", "evaluate", "load_prediction", "render_table", "sentences"]
-
 
 @dataclass(frozen=True)
-class _Prediction:
-    """One prediction folder, what its record says, and the manifest's cases (one a channel) that it was made from."""
+class Prediction:
+    """One prediction folder, what its prediction.json says, and the manifest's cases (one a channel) that it is of.
+
+    Without `cases` the manifest does not know it.
+    """
 
     folder: Path
     record: dict[str, Any]
     cases: tuple[Case, ...]
+
+    @property
+    def of(self) -> tuple[str, str]:
+        """Patient and source, "T1+T2" for several channels."""
+        return str(self.record["patient"]), str(self.record["source"])
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -129,7 +132,7 @@ def _why_no_baseline(cases: list[Case]) -> str:
 # Match: which prediction is of which case.
 
 
-def _match(predictions: Path, cases: list[Case]) -> tuple[list[_Prediction], list[Case], list[str]]:
+def _match(predictions: Path, cases: list[Case]) -> tuple[list[Prediction], list[Case], list[str]]:
     """The predictions in the manifest's order, the test cases that should have one, and a line for each fault.
 
     A test case of several channels is told once, by its first channel and the source "T1+T2".
@@ -137,24 +140,22 @@ def _match(predictions: Path, cases: list[Case]) -> tuple[list[_Prediction], lis
     if not predictions.is_dir():
         raise DataError(f"{predictions}: no such folder; give the folder that seresvit predict wrote")
     known = {(case.patient, case.source): case for case in cases}
-    found: dict[tuple[str, str], _Prediction] = {}
+    found: dict[tuple[str, str], Prediction] = {}
     faults = []
     for folder in sorted(p for p in predictions.iterdir() if p.is_dir() and not p.name.startswith(".")):
         record = _read_record(folder)
         if record is None:
             faults.append(f"{folder.name} has no readable prediction.json: predict it again or remove it")
             continue
-        patient, source = record["patient"], record["source"]
-        names = [source] if (patient, source) in known else source.split("+")
-        group = tuple(known[patient, name] for name in names if (patient, name) in known)
-        if len(group) < len(names):
+        prediction = prediction_of(folder, record, known)
+        if not prediction.cases:
             faults.append(
                 f"{folder.name} is of no case of the manifest: remove it or use the manifest it was made with"
             )
-        elif (patient, source) in found:
-            faults.append(f"{folder.name} predicts what {found[patient, source].folder.name} does: remove one")
+        elif prediction.of in found:
+            faults.append(f"{folder.name} predicts what {found[prediction.of].folder.name} does: remove one")
         else:
-            found[patient, source] = _Prediction(folder, record, group)
+            found[prediction.of] = prediction
     if not found and not faults:
         raise DataError(f"{predictions}: no folder with a prediction; give the folder that seresvit predict wrote")
     checkpoints = {prediction.record.get("checkpoint_sha256") for prediction in found.values()}
@@ -172,13 +173,21 @@ def _match(predictions: Path, cases: list[Case]) -> tuple[list[_Prediction], lis
     return in_order, unpredicted, faults
 
 
+def prediction_of(folder: Path, record: dict[str, Any], known: dict[tuple[str, str], Case]) -> Prediction:
+    """The prediction in `folder`, whose prediction.json is `record`; `known`: the manifest's by patient and source."""
+    patient, source = str(record["patient"]), str(record["source"])
+    names = [source] if (patient, source) in known else source.split("+")
+    cases = tuple(known[patient, name] for name in names if (patient, name) in known)
+    return Prediction(folder, record, cases if len(cases) == len(names) else ())
+
+
 def _read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     readable = isinstance(record, dict) and {"patient", "source"} <= record.keys()
-    return {**record, "patient": str(record["patient"]), "source": str(record["source"])} if readable else None
+    return record if readable else None
 
 
 # Score: every method on the same slices of the same target.
@@ -205,11 +214,11 @@ class _Target:
 
 
 def _score_prediction(
-    prediction: _Prediction, protocol: str, baselines: list[Baseline], known: dict[tuple[str, str], Case]
+    prediction: Prediction, protocol: str, baselines: list[Baseline], known: dict[tuple[str, str], Case]
 ) -> _Scored:
     """Raises DataError, naming the prediction, when it cannot be scored."""
     name = prediction.folder.name
-    pair, predicted = load_prediction(prediction.folder, prediction.record, prediction.cases)
+    pair, predicted = load_prediction(prediction)
     units = find_protocol(protocol).units
     if pair.target.unit not in units:
         raise DataError(
@@ -246,16 +255,18 @@ def _score_prediction(
     return scored
 
 
-def load_prediction(folder: Path, record: dict[str, Any], cases: tuple[Case, ...]) -> tuple[Pair, Volume]:
-    """The images of a case and what was predicted in `folder`, on the target's grid, where every protocol scores.
+def load_prediction(prediction: Prediction) -> tuple[Pair, Volume]:
+    """The images of a case and what was predicted of it, on the target's grid, where every protocol scores.
 
     They are resampled to it where the prediction's record says that the network was trained so, and else never; slices
     that the prediction then does not reach are left out of it. Raises DataError when an image cannot be read.
     """
+    folder, record = prediction.folder, prediction.record
     if record.get("mark") == "burned":
         raise DataError(f"{folder.name} has a word burned into its pixels: predict it again without --mark burned")
     geometry = _geometry(record)
-    pair, predicted = load_pair(*cases, data=geometry, to_score=True), read_volume(folder / record.get("path", "."))
+    pair = load_pair(*prediction.cases, data=geometry, to_score=True)
+    predicted = read_volume(folder / record.get("path", "."))
     if not geometry.resample:
         return pair, predicted
     predicted, covered = resampled(predicted, pair.target, geometry.interpolation)
@@ -282,7 +293,7 @@ def _geometry(record: dict[str, Any]) -> DataSettings:
 
 
 def _on_shared_slices(
-    pair: Pair, predicted: Volume, prediction: _Prediction
+    pair: Pair, predicted: Volume, prediction: Prediction
 ) -> tuple[Pair, np.ndarray, np.ndarray, list[str], int]:
     """The pair cut to the slices that were predicted, their numbers in it, and the predicted array (Z, Y, X) in that
     order; then what is lacking, in words and as a number of slices. Slices that the target lacks are left out."""
@@ -317,7 +328,7 @@ def _on_shared_slices(
 
 
 def _sources_of(
-    baseline: Baseline, prediction: _Prediction, pair: Pair, known: dict[tuple[str, str], Case]
+    baseline: Baseline, prediction: Prediction, pair: Pair, known: dict[tuple[str, str], Case]
 ) -> list[np.ndarray] | None:
     """The arrays that the baseline is applied to, on the slices of `pair`; None where this patient lacks them."""
     if baseline.sources == prediction.sources:

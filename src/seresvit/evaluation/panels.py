@@ -14,9 +14,9 @@ from matplotlib.image import imsave
 
 from seresvit.data.geometry import BACKGROUND
 from seresvit.data.pair import matched_slices
-from seresvit.data.pairing import Case, read_manifest
+from seresvit.data.pairing import read_manifest
 from seresvit.data.volume import DataError, Unit, Volume, same_grid
-from seresvit.evaluation.evaluate import load_prediction
+from seresvit.evaluation.evaluate import Prediction, load_prediction, prediction_of
 from seresvit.evaluation.metrics import in_protocol_values
 from seresvit.evaluation.page import data_url, read_json
 from seresvit.evaluation.tables import METHODS
@@ -30,20 +30,6 @@ ERROR_COLOURS = LinearSegmentedColormap.from_list("error", ["#0b3c7d", "#5b9bd1"
 WINDOWS = {"HU": (-160.0, 240.0), "arbitrary": (0.0, 1.0), "uint8": (0.0, 255.0)}
 CONTRAST_WINDOW_HU = (-200.0, 500.0)
 SATURATED_SHARE = 0.02
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One prediction folder, what its prediction.json says, and the cases (one a channel) that it is of, if known."""
-
-    folder: Path
-    record: dict[str, Any]
-    cases: tuple[Case, ...]
-
-    @property
-    def of(self) -> tuple[str, str]:
-        """Patient and source."""
-        return str(self.record["patient"]), str(self.record["source"])
 
 
 @dataclass(frozen=True)
@@ -84,16 +70,10 @@ def read_predictions(folder: Path | None, manifest: Path | None) -> tuple[list[P
     if not records:
         return [], [f"No images are shown: {folder} holds no predictions any more."]
     try:
-        known = {(case.patient, case.source): case for case in read_manifest(manifest)}
+        known, missing = {(case.patient, case.source): case for case in read_manifest(manifest)}, []
     except DataError as error:
-        return [Prediction(path, record, ()) for path, record in records.items()], [f"No images are shown: {error}."]
-    found = []
-    for path, record in records.items():
-        patient, source = Prediction(path, record, ()).of
-        names = [source] if (patient, source) in known else source.split("+")
-        group = tuple(known[patient, name] for name in names if (patient, name) in known)
-        found.append(Prediction(path, record, group if len(group) == len(names) else ()))
-    return found, []
+        known, missing = {}, [f"No images are shown: {error}."]
+    return [prediction_of(path, record, known) for path, record in records.items()], missing
 
 
 # Cases from the best to the worst, of each the slice with median error and the one with the largest.
@@ -173,7 +153,7 @@ def voxels(every: list[Images]) -> tuple[np.ndarray, np.ndarray]:
 def load_case(prediction: Prediction) -> CaseImages:
     """All slices that source and target share; what was not predicted of them, which `evaluate --allow-missing` lets
     pass, is the background. Raises DataError when the prediction is on another grid or has none of them."""
-    pair, predicted = load_prediction(prediction.folder, prediction.record, prediction.cases)
+    pair, predicted = load_prediction(prediction)
     in_target, in_prediction = matched_slices(pair.target, predicted)
     if same_grid(predicted, pair.target) or not len(in_target):
         raise DataError(f"{prediction.folder}: is not on the target's grid any more; predict and evaluate again")
