@@ -113,10 +113,20 @@ def flops_a_slice(size: int, tiny: bool) -> int:
 def compared(asked: argparse.Namespace, path: Path, device: torch.device, size: int, batch: int) -> Table:
     """One row a variant; and what the SE gate costs, on stdout."""
     source_BCHW = torch.rand(batch, 1, size, size, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
-    runs = {name: runner(name, path, device, asked.tiny) for name in (EAGER, EAGER_CONCAT, *asked.backends)}
+    runs, mib = {}, {}
+    for name in (EAGER, EAGER_CONCAT, *asked.backends):
+        if device.type == "cpu":
+            runs[name], mib[name] = runner(name, path, device, asked.tiny), alone_mib(asked, name, path, size, batch)
+            continue
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        runs[name] = runner(name, path, device, asked.tiny)
+        runs[name](source_BCHW)
+        mib[name] = str((torch.cuda.max_memory_allocated() - before) // 2**20)
     calls: dict[str, Callable[[], object]] = {name: (lambda run=run: run(source_BCHW)) for name, run in runs.items()}
     side = 512 if asked.tiny else 4096 if device.type == "cuda" else 2048
     products = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if has_bf16(device) else {})
+    products |= {"float16": torch.float16} if device.type == "cuda" else {}
     calls |= {f"product {name}": matrix_product(device, dtype, side) for name, dtype in products.items()}
     seconds, expected = timed(calls, asked.rounds), runs[EAGER](source_BCHW)
     ceiling = {name: 2 * side**3 / float(np.median(seconds[f"product {name}"])) for name in products}
@@ -136,13 +146,13 @@ def compared(asked: argparse.Namespace, path: Path, device: torch.device, size: 
             f"{1e3 * batch / np.median(rate):.0f}",
         ]
         row += [interval(faster), share, "–" if name == EAGER_CONCAT else f"{apart_hu:.2g}"]
-        rows.append([f"{size}²", str(batch), name, *row, alone_mib(asked, name, path, size, batch)])
+        rows.append([f"{size}²", str(batch), name, *row, mib[name]])
     return rows
 
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the processor itself multiplies bfloat16."""
-    return backends.fastest_first(device)[0].endswith("bf16")
+    return any(name.endswith("bf16") for name in backends.fastest_first(device))
 
 
 def interval(values: np.ndarray) -> str:
@@ -153,8 +163,8 @@ def interval(values: np.ndarray) -> str:
 
 
 def alone_mib(asked: argparse.Namespace, variant: str, path: Path, size: int, batch: int) -> str:
-    """The peak memory of a process that runs one batch of one variant twice: of the GPU, else of the process."""
-    words = ["--memory", variant, str(path), str(size), str(batch), "--device", asked.device, *["--tiny"] * asked.tiny]
+    """The peak memory of a process that runs one batch of one variant twice."""
+    words = ["--memory", variant, str(path), str(size), str(batch), "--device", "cpu", *["--tiny"] * asked.tiny]
     command = [sys.executable, __file__, *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
 

@@ -3,8 +3,8 @@
 The plain step is written as the published code has it: eager, float32, default memory layout; generator forward, both
 passes of the discriminator, a generator loss through a discriminator whose gradients are computed too, Adam one tensor
 at a time. Variants take turns within every round, so that a machine that slows down slows all of them. Printed are the
-medians and ranges of images a second, the peak memory of a process that runs one variant alone, and for pairs of
-variants the median of the ratios of their step times with its 95 % bootstrap interval.
+medians and ranges of images a second, the peak memory of one variant alone (of its process, or on the GPU), and for
+pairs of variants the median of the ratios of their step times with its 95 % bootstrap interval.
 
     python benchmarks/train_speed.py --sizes 256,512 --batches 1,8,32 --rounds 30
     python benchmarks/train_speed.py --tiny --sizes 128 --batches 4
@@ -89,9 +89,26 @@ def plain(config: Config, source: torch.Tensor, target: torch.Tensor) -> Callabl
     return one_step
 
 
-def measured(asked: argparse.Namespace, size: int, batch: int) -> dict[str, np.ndarray]:
-    """Seconds a step of each variant, (rounds,); two rounds before them warm up."""
-    steppers = {variant: stepper(variant, size, batch, asked.tiny) for variant in asked.variants.split(";")}
+def measured(asked: argparse.Namespace, size: int, batch: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Seconds a step of each variant, (rounds,), after two rounds that warm up; and the peak MiB of each.
+
+    A variant without seconds is one that the GPU has no room for beside those before it.
+    """
+    steppers, mib = {}, {}
+    for variant in asked.variants.split(";"):
+        if not torch.cuda.is_available():
+            steppers[variant] = stepper(variant, size, batch, asked.tiny)
+            mib[variant] = alone_mib(variant, size, batch, asked.tiny)
+            continue
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            one_step = stepper(variant, size, batch, asked.tiny)
+            one_step(), one_step()
+            steppers[variant], peak = one_step, torch.cuda.max_memory_allocated()
+            mib[variant] = str((peak - before) // 2**20)
+        except torch.OutOfMemoryError:
+            mib[variant] = "no room"
     seconds: dict[str, list[float]] = {variant: [] for variant in steppers}
     for number in range(asked.rounds + 2):
         for variant in np.random.default_rng(number).permutation(list(steppers)):
@@ -100,7 +117,7 @@ def measured(asked: argparse.Namespace, size: int, batch: int) -> dict[str, np.n
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[variant].append(time.perf_counter() - started_s)
-    return {variant: np.array(taken[2:]) for variant, taken in seconds.items()}
+    return {variant: np.array(taken[2:]) for variant, taken in seconds.items()}, mib
 
 
 def alone_mib(variant: str, size: int, batch: int, tiny: bool) -> str:
@@ -140,12 +157,11 @@ def main() -> None:
     comparisons = []
     for size in map(int, asked.sizes.split(",")):
         for batch in map(int, asked.batches.split(",")):
-            seconds = measured(asked, size, batch)
-            for variant, taken in seconds.items():
-                rate = batch / taken
-                row = [f"{np.median(rate):.2f}", f"{rate.min():.2f} to {rate.max():.2f}"]
-                row.append(alone_mib(variant, size, batch, asked.tiny))
-                print("| " + " | ".join([str(size), str(batch), variant, *row]) + " |", flush=True)
+            seconds, mib = measured(asked, size, batch)
+            for variant, held in mib.items():
+                rate = batch / seconds[variant] if variant in seconds else np.array([])
+                row = [f"{np.median(rate):.2f}", f"{rate.min():.2f} to {rate.max():.2f}"] if rate.size else ["–", "–"]
+                print("| " + " | ".join([str(size), str(batch), variant, *row, held]) + " |", flush=True)
             for one, other, words in PAIRS:
                 if {one, other} <= seconds.keys():
                     comparisons.append(f"{size}, batch {batch}: {words} {paired(seconds[one], seconds[other])}")

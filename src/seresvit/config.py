@@ -232,6 +232,8 @@ class TrainSettings(Settings):
     ema_images: NotNegative = 0
     # Steps whose gradient is not finite are skipped; this many in a row end the run.
     max_bad_steps: Positive = 10
+    # On a single GPU, record the gradients of a step once and replay them: hundreds of launches become one.
+    cuda_graph: bool = True
     # torch.compile the generator: minutes at the start, faster steps after them.
     compile: bool = False
     # Draw every source, and within it every patient, equally often, however many slices they have.

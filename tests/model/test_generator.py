@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import seresvit
 from seresvit.config import FusionSettings, ModelSettings, VitSettings
 from seresvit.model import checkpoint
 from seresvit.model.fusion import altered_gates, record_gates
-from seresvit.model.generator import Generator, normalisation, pad_to_multiple, start_as_identity, upsample_widths
+from seresvit.model.generator import (
+    Generator,
+    _Reflected,
+    normalisation,
+    pad_to_multiple,
+    start_as_identity,
+    upsample_widths,
+)
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 GENERATORS = ["concat_256", "se_256", "se_256_many", "se_512", "concat_512_deep", "rescnn_256"]
@@ -232,3 +240,16 @@ def test_batch_norm_is_the_default_and_depends_on_the_batch():
     images = torch.randn(4, 1, 32, 48)
     assert (network(images)[2:3] - network(images[2:3])).abs().max() > 1e-3
     assert "stem.norm.running_mean" in network.state_dict()
+
+
+@pytest.mark.parametrize("edge, shape", [(1, (2, 3, 4, 5)), (3, (1, 2, 7, 4)), (1, (1, 4, 2, 2))])
+def test_reflection_that_keeps_channels_last_is_that_of_torch_and_so_is_its_gradient(edge, shape):
+    image = torch.randn(shape, dtype=torch.double).contiguous(memory_format=torch.channels_last)
+    ours, theirs = image.clone().requires_grad_(), image.clone().requires_grad_()
+    padded = _Reflected.apply(ours, edge)
+    expected = F.pad(theirs, (edge,) * 4, mode="reflect")
+    assert torch.equal(padded, expected) and padded.is_contiguous(memory_format=torch.channels_last)
+    slope = torch.randn_like(expected)
+    padded.backward(slope)
+    expected.backward(slope)
+    torch.testing.assert_close(ours.grad, theirs.grad)

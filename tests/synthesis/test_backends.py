@@ -119,7 +119,12 @@ def test_auto_takes_the_first_that_is_right_and_says_so(saved, source, tmp_path)
     auto = Predictor(saved, "cpu", backend="auto")
     predict_path(auto, source, tmp_path / "auto")
     record = json.loads((tmp_path / "auto" / "prediction.json").read_text())
-    assert record["backend"] == backends.fastest_first(CPU)[0] and record["backend"].startswith("openvino")
+    # Where the processor has bfloat16, this noisy network fails in it.
+    tried = [
+        name for name in backends.fastest_first(CPU) if any(f"backend {name} differs" in d for d in record["doubts"])
+    ]
+    assert [*tried, record["backend"]] == backends.fastest_first(CPU)[: len(tried) + 1]
+    assert record["backend"].startswith("openvino")
     assert record["precision"] == backends.PRECISIONS[record["backend"]]
     assert record["backend_version"].startswith("openvino 2") and 0 <= record["parity"]["mean"] <= 0.5
     predict_path(Predictor(saved, "cpu"), source, tmp_path / "torch")
@@ -142,6 +147,7 @@ def test_a_wrong_backend_is_dropped_in_one_line(saved, source, tmp_path, monkeyp
         return started(name, *arguments)
 
     monkeypatch.setattr(backends, "started", injected)
+    monkeypatch.setattr(backends, "_openvino_has_bf16", lambda: False)
     predict_path(Predictor(saved, "cpu", backend="auto"), source, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "prediction.json").read_text())
     assert record["backend"] == "torch" and record["parity"] is None
@@ -183,13 +189,15 @@ def test_what_is_not_a_number_or_right_in_the_mean_alone_fails(saved):
 
 
 def test_refusals_name_the_remedy(saved, monkeypatch):
-    with pytest.raises(ConfigError, match="expected auto, torch, torch-bf16"):
+    with pytest.raises(ConfigError, match="expected auto, torch, torch-fp16, torch-bf16"):
         Predictor(saved, "cpu", backend="tensorflow")
     with pytest.raises(ConfigError, match="needs --backend torch"):
         Predictor(saved, "cpu", "image", backend="openvino")
     assert Predictor(saved, "cpu", "image", backend="auto").names == ["torch"]
     with pytest.raises(ConfigError, match="runs on the CPU"):
         backends.check("onnxruntime", torch.device("cuda"), "running")
+    with pytest.raises(ConfigError, match="torch-fp16: needs a GPU"):
+        Predictor(saved, "cpu", backend="torch-fp16")
     if backends.fastest_first(CPU)[0] == "openvino":
         with pytest.raises(ConfigError, match="no bfloat16"):
             Predictor(saved, "cpu", backend="openvino-bf16")

@@ -10,9 +10,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from seresvit.config import ModelSettings
@@ -44,10 +45,7 @@ class Generator(nn.Module):
             setattr(self, f"art_{number}", block)
         self.decode = nn.Sequential(upsample_norm_relu(norm, 4 * c, 2 * c), upsample_norm_relu(norm, 2 * c, c))
         self.head = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(c, settings.out_channels, 7, padding=3, padding_mode="reflect"),
-                tanh=nn.Tanh(),
-            )
+            OrderedDict(conv=ReflectedConv2d(c, settings.out_channels, 7, padding=3), tanh=nn.Tanh())
         )
         _initialise(self)
 
@@ -149,8 +147,8 @@ def conv_norm(
     norm: str, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, reflect: bool = False
 ) -> nn.Sequential:
     """Convolution without bias (the norm has one) that keeps the size at stride 1, and normalisation."""
-    mode: Literal["reflect", "zeros"] = "reflect" if reflect else "zeros"
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False, padding_mode=mode)
+    convolution = ReflectedConv2d if reflect else nn.Conv2d
+    conv = convolution(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, norm=normalisation(norm, out_channels)))
 
 
@@ -174,6 +172,58 @@ def residual_body(norm: str, channels: int) -> nn.Sequential:
     return nn.Sequential(
         conv_norm_relu(norm, channels, channels, reflect=True), conv_norm(norm, channels, channels, reflect=True)
     )
+
+
+class ReflectedConv2d(nn.Conv2d):
+    """A convolution of an image that goes on as its mirror image beyond its edges, the edge itself not repeated."""
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """What nn.Conv2d with padding_mode="reflect" gives."""
+        edge = int(self.padding[0])
+        if x_BCHW.is_cuda and x_BCHW.is_contiguous(memory_format=torch.channels_last):
+            padded_BCHW = _Reflected.apply(x_BCHW, edge)
+        else:
+            padded_BCHW = F.pad(x_BCHW, (edge,) * 4, mode="reflect")
+        return F.conv2d(padded_BCHW, self.weight, self.bias, self.stride)
+
+
+class _Reflected(torch.autograd.Function):
+    """Reflection padding that keeps channels last.
+
+    On a GPU that of torch changes the memory layout and back around every convolution, in both directions: a quarter of
+    the time of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: torch.Tensor, edge: int) -> torch.Tensor:
+        """The images with `edge` more pixels on every side."""
+        ctx.edge = edge
+        batch, channels, height, width = x_BCHW.shape
+        size = (batch, channels, height + 2 * edge, width + 2 * edge)
+        padded_BCHW = torch.empty(size, dtype=x_BCHW.dtype, device=x_BCHW.device, memory_format=torch.channels_last)
+        inner = slice(edge, -edge)
+        padded_BCHW[:, :, inner, inner] = x_BCHW
+        padded_BCHW[:, :, :edge, inner] = x_BCHW[:, :, 1 : edge + 1].flip(2)
+        padded_BCHW[:, :, -edge:, inner] = x_BCHW[:, :, -edge - 1 : -1].flip(2)
+        padded_BCHW[..., :edge] = padded_BCHW[..., edge + 1 : 2 * edge + 1].flip(3)
+        padded_BCHW[..., -edge:] = padded_BCHW[..., -2 * edge - 1 : -edge - 1].flip(3)
+        return padded_BCHW
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BCHW: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient of every pixel: its own, and those of its mirror images."""
+        edge = ctx.edge
+
+        def folded(part_BCHW: torch.Tensor) -> torch.Tensor:
+            columns_BCHW = part_BCHW[..., edge:-edge].clone(memory_format=torch.channels_last)
+            columns_BCHW[..., 1 : edge + 1] += part_BCHW[..., :edge].flip(3)
+            columns_BCHW[..., -edge - 1 : -1] += part_BCHW[..., -edge:].flip(3)
+            return columns_BCHW
+
+        sum_BCHW = folded(gradient_BCHW[:, :, edge:-edge])
+        sum_BCHW[:, :, 1 : edge + 1] += folded(gradient_BCHW[:, :, :edge]).flip(2)
+        sum_BCHW[:, :, -edge - 1 : -1] += folded(gradient_BCHW[:, :, -edge:]).flip(2)
+        return sum_BCHW, None
 
 
 def pad_to_multiple(x_BCHW: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from seresvit import __version__
 from seresvit.config import ConfigError
 from seresvit.data.intensity import Intensity
 from seresvit.data.volume import DataError
+from seresvit.model.cuda_graph import recorded
 from seresvit.model.generator import Generator
 from seresvit.synthesis.export import CARRIERS, SOURCE, folded, library, traced, write_onnx
 
@@ -27,6 +28,7 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 # Each with the precision of its convolutions and matrix products.
 PRECISIONS = {
     "torch": "float32",
+    "torch-fp16": "float16",
     "torch-bf16": "bfloat16",
     "torch-compiled": "float32",
     "torch-compiled-bf16": "bfloat16",
@@ -56,7 +58,7 @@ def fastest_first(device: torch.device) -> list[str]:
     longer than most studies take.
     """
     if device.type == "cuda":
-        return ["torch-bf16", "torch"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["torch"]
+        return ["torch-fp16", "torch-bf16", "torch"]
     names = []
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("openvino"):
         names += ["openvino-bf16", "openvino"] if _openvino_has_bf16() else ["openvino"]
@@ -76,6 +78,8 @@ def check(name: str, device: torch.device, norm_statistics: str) -> None:
         library(name.removesuffix("-bf16"))
         if device.type != "cpu":
             raise ConfigError(f"--backend {name}: runs on the CPU; add --device cpu, or use --backend torch-bf16")
+    if name == "torch-fp16" and device.type != "cuda":
+        raise ConfigError(f"--backend {name}: needs a GPU; use --backend torch-bf16")
     if name == "openvino-bf16" and not _openvino_has_bf16():
         raise ConfigError(f"--backend {name}: this processor has no bfloat16 arithmetic; use --backend openvino")
 
@@ -106,7 +110,7 @@ def started(name: str, network: Generator, device: torch.device, checkpoint_sha2
         session = onnxruntime.InferenceSession(exported(network, checkpoint_sha256), options)
         run = lambda source_BCHW: torch.from_numpy(session.run(None, {SOURCE: source_BCHW.numpy()})[0])  # noqa: E731
         return Backend(name, f"onnxruntime {onnxruntime.__version__}", run)
-    return Backend(name, f"torch {torch.__version__}", _torch_run(name, network, device, bf16))
+    return Backend(name, f"torch {torch.__version__}", _torch_run(name, network, device))
 
 
 def _kept_precise(path: Path) -> Any:
@@ -121,17 +125,18 @@ def _kept_precise(path: Path) -> Any:
     return model
 
 
-def _torch_run(name: str, network: Generator, device: torch.device, bf16: bool) -> Run:
+def _torch_run(name: str, network: Generator, device: torch.device) -> Run:
     if name == "torch":
         return torch.inference_mode()(lambda source_BCHW: network(source_BCHW))
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(PRECISIONS[name])
     net = folded(network)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if bf16:
+    if half:
         for address, layer in list(net.named_modules()):
             if re.fullmatch(CARRIERS, address):
                 net.set_submodule(address, InFloat32(layer))
             elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and not re.match(CARRIERS, address):
-                layer.to(torch.bfloat16)
+                layer.to(half)
     call: Callable[[torch.Tensor], torch.Tensor] = net
     if name.startswith("torch-compiled"):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torch"))
@@ -139,10 +144,29 @@ def _torch_run(name: str, network: Generator, device: torch.device, bf16: bool) 
 
     @torch.inference_mode()
     def run(source_BCHW: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
             return call(source_BCHW.contiguous(memory_format=torch.channels_last)).float()
 
-    return run
+    return replayed(run) if device.type == "cuda" else run
+
+
+def replayed(run: Run) -> Run:
+    """`run` as a CUDA graph, recorded for the first batch, and anew for other sizes of images and larger batches."""
+    replay: Run | None = None
+    most, size = 0, torch.Size()
+
+    @torch.inference_mode()
+    def replay_batch(source_BCHW: torch.Tensor) -> torch.Tensor:
+        nonlocal replay, most, size
+        count = len(source_BCHW)
+        if replay is None or source_BCHW.shape[1:] != size or count > most:
+            replay = None  # its memory first
+            replay, most, size = recorded(run, source_BCHW), count, source_BCHW.shape[1:]
+        # The last batch of a study is filled up with copies of its last slice.
+        filling_BCHW = source_BCHW[-1:].expand(most - count, -1, -1, -1)
+        return replay(torch.cat([source_BCHW, filling_BCHW]))[:count]
+
+    return replay_batch
 
 
 class InFloat32(nn.Module):

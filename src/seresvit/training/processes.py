@@ -87,6 +87,14 @@ def signals_caught() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def readers(device: torch.device) -> int:
+    """How many processes read images ahead: none where the CPU trains, else this GPU's share of the cores, up to 16."""
+    if device.type != "cuda":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
 def ignore_signals(_worker: int = 0) -> None:
     """For a process that reads images: it ends with the one that reads from it, which is told to stop itself."""
     for number in (signal.SIGTERM, signal.SIGINT):

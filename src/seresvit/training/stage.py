@@ -1,6 +1,7 @@
 """One stage of training: its networks and optimizers, where they start, how they are stopped and taken up again."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from seresvit.model.generator import Generator, start_as_identity
 
 MODEL, DISCRIMINATOR, STATE = "model.safetensors", "discriminator.safetensors", "state.pt"
 
+Terms = dict[str, torch.Tensor]
+# What `train.gradients` does and returns, as a CUDA graph.
+Replay = Callable[..., tuple[Terms, list[torch.Tensor], list[torch.Tensor]]]
+
 
 @dataclass
 class Stage:
@@ -30,6 +35,7 @@ class Stage:
     discriminator: _FabricModule
     discriminator_optimizer: torch.optim.Optimizer
     average: AveragedModel | None
+    replay: Replay | None = None
     images: int = 0
     validated_at: int = -1
     best_mae: float = math.inf

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from seresvit.data.intensity import Intensity, reference_intensity
 from seresvit.data.prepared import Group, Prepared, PreparedCase, prepare, read_slice, slices_of
 from seresvit.data.volume import DataError, written_whole
 from seresvit.model import checkpoint, familiarity
+from seresvit.model.cuda_graph import recorded
 from seresvit.training import losses
 from seresvit.training import run as run_folder
 from seresvit.training.processes import (
@@ -30,13 +32,16 @@ from seresvit.training.processes import (
     machine,
     peak_memory_mib,
     precision_of,
+    readers,
     signals_caught,
     start_processes,
     summed,
 )
 from seresvit.training.stage import (
     MODEL,
+    Replay,
     Stage,
+    Terms,
     check_starting_points,
     draw_from,
     is_validated,
@@ -54,7 +59,6 @@ PANEL_SLICES = 4
 Progress = Callable[[int, int, int, str], None]
 # Source, target and, with `mask_weights`, the weight of every pixel.
 Batch = tuple[torch.Tensor, ...]
-Terms = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ def load(run: Run, stage: Stage) -> Iterator[Batch]:
     share = config.batch_size // fabric.world_size
     starts = range(stage.images, stage.settings.num_images, config.batch_size)
     mine = fabric.global_rank * share
-    workers = 4 if fabric.device.type == "cuda" else 0
+    workers = readers(fabric.device)
     loader = DataLoader(
         training_slices(run, stage),
         batch_sampler=([*range(start + mine, start + mine + share)] for start in starts),
@@ -253,22 +257,15 @@ def step(
     Raises DataError after `train.max_bad_steps` of these in a row.
     """
     config = run.config.train
-    draw_from(config.seed, stage.number, stage.images, run.fabric.global_rank)  # dropout
-    buffers = [*stage.generator.buffers(), *stage.discriminator.buffers()]
-    before = [buffer.clone() for buffer in buffers]
     batch = [images for images in (source, target, mask_weights) if images is not None]
-    parts: list[Batch] = list(zip(*(images.chunk(config.accumulate) for images in batch), strict=True))
-
-    # The discriminator is frozen while the generator steps: no gradient of its own is computed.
-    stage.discriminator.requires_grad_(False)
-    terms, synthetic = generator_gradient(run, stage, parts)
-    stage.discriminator.requires_grad_(True)
+    if config.cuda_graph and run.fabric.device.type == "cuda" and run.fabric.world_size == 1 and not stage.replay:
+        stage.replay = recording(run, stage, batch)
+    draw_from(config.seed, stage.number, stage.images, run.fabric.global_rank)  # dropout
+    terms, norms, before = stage.replay(*batch) if stage.replay else gradients(run, stage, *batch)
     steps: list[tuple[torch.nn.Module, torch.optim.Optimizer]] = [(stage.generator, stage.optimizer)]
     if stage.settings.adversarial_weight:
-        terms["discriminator"] = discriminator_gradient(run, stage, parts, synthetic)
         steps.append((stage.discriminator, stage.discriminator_optimizer))
-    norms = [gradient_norm(network) for network, _ in steps]
-    if all(torch.isfinite(norm) for norm in norms):
+    if torch.isfinite(torch.stack(norms)).all():
         for (network, optimizer), norm in zip(steps, norms, strict=True):
             if config.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.clip_norm, norm)
@@ -277,12 +274,52 @@ def step(
         if stage.average:
             stage.average.update_parameters(stage.generator.module)
         return terms
-    for buffer, value in zip(buffers, before, strict=True):
+    for buffer, value in zip(buffers_of(stage), before, strict=True):
         buffer.copy_(value)
     stage.bad_steps, stage.bad_steps_in_a_row = stage.bad_steps + 1, stage.bad_steps_in_a_row + 1
     if stage.bad_steps_in_a_row >= config.max_bad_steps:
         raise _diverged(run, stage)
     return None
+
+
+def recording(run: Run, stage: Stage, batch: list[torch.Tensor]) -> Replay:
+    """`gradients` as a CUDA graph, recorded on this batch; nothing of the stage is changed."""
+    before = [buffer.clone() for buffer in buffers_of(stage)]
+    try:
+        return recorded(partial(gradients, run, stage), *batch)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise DataError(
+            f"train.cuda_graph: a step cannot be recorded on this GPU ({' '.join(str(error).split())[:200]}); "
+            "add --set train.cuda_graph=false"
+        ) from error
+    finally:
+        for buffer, value in zip(buffers_of(stage), before, strict=True):
+            buffer.copy_(value)
+
+
+def buffers_of(stage: Stage) -> list[torch.Tensor]:
+    """The running statistics of both networks."""
+    return [*stage.generator.buffers(), *stage.discriminator.buffers()]
+
+
+def gradients(run: Run, stage: Stage, *batch: torch.Tensor) -> tuple[Terms, list[torch.Tensor], list[torch.Tensor]]:
+    """Leave the gradients of both networks' losses in their parameters.
+
+    Returns the terms, the norm of each network's gradient, and the batch statistics as they were before.
+    """
+    before = [buffer.clone() for buffer in buffers_of(stage)]
+    parts: list[Batch] = list(zip(*(images.chunk(run.config.train.accumulate) for images in batch), strict=True))
+    # The discriminator is frozen while the generator steps: no gradient of its own is computed.
+    stage.discriminator.requires_grad_(False)
+    terms, synthetic = generator_gradient(run, stage, parts)
+    stage.discriminator.requires_grad_(True)
+    norms = [gradient_norm(stage.generator)]
+    if stage.settings.adversarial_weight:
+        terms["discriminator"] = discriminator_gradient(run, stage, parts, synthetic)
+        norms.append(gradient_norm(stage.discriminator))
+    return terms, norms, before
 
 
 def generator_gradient(run: Run, stage: Stage, parts: list[Batch]) -> tuple[Terms, list[torch.Tensor]]:
