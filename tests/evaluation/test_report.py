@@ -28,8 +28,9 @@ from seresvit.evaluation.charts import agreement, bland_altman, distributions
 from seresvit.evaluation.evaluate import evaluate
 from seresvit.evaluation.explain import explain
 from seresvit.evaluation.page import read_table, write_page
-from seresvit.evaluation.panels import CaseImages, chosen_cases, load_case, load_slices, read_predictions
+from seresvit.evaluation.panels import CaseImages, load_case, load_slices, read_predictions
 from seresvit.evaluation.provenance import trained
+from seresvit.evaluation.ranking import chosen_cases
 from seresvit.evaluation.report import _gates, write_report
 from seresvit.evaluation.viewer import linked_views, scripts
 from seresvit.model import checkpoint

@@ -20,6 +20,7 @@ from seresvit.data.pair import load_pair
 from seresvit.data.pairing import Case, load_channels, read_manifest
 from seresvit.data.volume import written_whole
 from seresvit.evaluation.gate_figures import BRANCH_NAMES, draw_channels, draw_knockouts, draw_maps, draw_shares
+from seresvit.evaluation.gate_maps import gate_maps, write_gate_maps
 from seresvit.evaluation.gates import (
     BRANCHES,
     TISSUES_BY,
@@ -102,6 +103,7 @@ def explain(
     examples = find_examples(images, maps)
     summary = {
         "checkpoint": str(predictor.path.absolute()),
+        "checkpoint_sha256": predictor.checkpoint_sha256,
         "run": predictor.header.get("run", ""),
         "fusion": predictor.net.settings.fusion.kind,
         "split": split,
@@ -132,6 +134,7 @@ def explain(
     explanation = Explanation(images, gates_NC, maps, channels, table, summary)
     panels = _example_panels(predictor, groups, examples) if len(maps) else []
     _write(explanation, panels, Path(out))
+    write_gate_maps(gate_maps(predictor, groups, Path(out), examples), Path(out))
     return explanation
 
 

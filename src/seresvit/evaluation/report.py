@@ -6,6 +6,7 @@ where its files are there, and every image is inside the page, so that it can be
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,20 @@ from seresvit.evaluation.charts import (
     slopes,
 )
 from seresvit.evaluation.gate_figures import BRANCH_NAMES
+from seresvit.evaluation.gate_maps import GateMap, read_gate_maps
 from seresvit.evaluation.gates import block_title
 from seresvit.evaluation.metrics import HIGHER_IS_BETTER
 from seresvit.evaluation.page import data_url, read_json, read_table, write_page
 from seresvit.evaluation.panels import (
     Prediction,
-    chosen_cases,
     load_case,
     load_slices,
     panels,
-    ranked_cases,
     read_predictions,
     voxels,
 )
 from seresvit.evaluation.provenance import trained
+from seresvit.evaluation.ranking import chosen_cases, ranked_cases
 from seresvit.evaluation.scores import p_words, scores, tested
 from seresvit.evaluation.tables import METHODS, digits_of, shown_name, unit_of
 from seresvit.evaluation.viewer import linked_views, scripts
@@ -68,10 +69,11 @@ def write_report(out: Path, predictions: Path | None = None, manifest: Path | No
         of_test = tested(cases)
         page |= {"distributions": distributions(of_test, page["protocol"])}
         page |= {"agreement": agreement(of_test, page["protocol"])}
+    maps = read_gate_maps(out) if explained is not None and not _is_other(explained, found) else []
     if cases is not None and slices is not None:
-        page |= _images(cases, slices, found)
+        page |= _images(cases, slices, found, maps)
     if explained is not None:
-        page["gates"] = _gates(out, explained, found)
+        page["gates"] = _gates(out, explained, found, maps)
     if trained_at:
         page["trained"] = trained(Path(trained_at), [prediction.record for prediction in found])
     return write_page(out / "report.html", "report.html.j2", page, scripts() if page.get("viewer") else ())
@@ -90,10 +92,10 @@ def _remembered(out: Path, predictions: Path | None, manifest: Path | None) -> t
     return places["predictions"], places["manifest"]
 
 
-def _images(cases: pd.DataFrame, slices: pd.DataFrame, found: list[Prediction]) -> dict[str, Any]:
+def _images(cases: pd.DataFrame, slices: pd.DataFrame, found: list[Prediction], maps: list[GateMap]) -> dict[str, Any]:
     """The images of a few cases, their voxels as one chart, and the case to scroll through; nothing without images."""
     chosen = chosen_cases(cases, slices)
-    shown = load_slices(chosen, found)
+    shown = load_slices(chosen, found, maps)
     pictures = panels(chosen, shown)
     if pictures is None:
         return {}
@@ -121,7 +123,15 @@ def _viewer(
 # Gates: what explain found, with the images of its two examples.
 
 
-def _gates(out: Path, explained: dict[str, Any], found: list[Prediction]) -> dict[str, Any]:
+def _is_other(explained: dict[str, Any], found: list[Prediction]) -> bool:
+    """Whether the gates are of another checkpoint than the predictions: by its bytes, or by its place."""
+    key = "checkpoint_sha256" if "checkpoint_sha256" in explained else "checkpoint"
+    return bool(found) and found[0].record.get(key) != explained[key]
+
+
+def _gates(
+    out: Path, explained: dict[str, Any], found: list[Prediction], maps: Iterable[GateMap] = ()
+) -> dict[str, Any]:
     """The claim and what was measured of it, the example table, the correlations and the figures, for the page."""
     examples = [
         {**example, "slices": [{"slice": example["slice"], "position_mm": example["position_mm"]}]}
@@ -149,13 +159,13 @@ def _gates(out: Path, explained: dict[str, Any], found: list[Prediction]) -> dic
         "claim": explained.get("claim"),
         "causal": explained.get("causal", []),
         "knockouts": _knockouts(out),
-        "of_other_checkpoint": bool(found) and found[0].record.get("checkpoint") != explained["checkpoint"],
+        "of_other_checkpoint": _is_other(explained, found),
         "columns": [
             f"{block_title(block)} {BRANCH_NAMES[branch]}{' map' if part == 'maps' else ''}"
             for part, block, branch in places
         ],
         "examples": examples,
-        "panels": panels(examples, load_slices(examples, found)) if on_target else None,
+        "panels": panels(examples, load_slices(examples, found, maps)) if on_target else None,
         "means": [f"{m['mean']:.4f} ± {m.get('std', m.get('std_over_images')):.4f}" for m in moved],
         "ranges": [f"{m['min']:.4f} to {m['max']:.4f}" if "min" in m else "–" for m in moved],
         "verdicts": [of["verdict"] for part in parts for of in explained.get(part, {}).values()],
