@@ -22,6 +22,7 @@ from seresvit.data.volume import DataError
 from seresvit.evaluation.evaluate import evaluate
 from seresvit.evaluation.metrics import score
 from seresvit.evaluation.page import read_table
+from seresvit.evaluation.report import write_report
 from seresvit.evaluation.tables import METHODS, render_table, sentences
 
 FRAME = generate_uid()
@@ -234,10 +235,23 @@ def test_a_protocol_for_other_units_is_refused(dect):
         run(dect, "dectt")
 
 
-def test_a_slice_that_source_and_target_do_not_share_is_left_out(dect):
+def test_a_slice_that_source_and_target_do_not_share_is_listed_and_counted(dect):
     (dect / "110keV" / "P1" / "0.dcm").unlink()
-    result = run(dect)
+    with pytest.raises(
+        DataError, match=r"P1_110keV: 1 slice that not all .* is not scored \(.*P1: 0\.dcm at 0\.00 mm\)"
+    ):
+        run(dect)
+    assert not (dect / "out").exists()
+    result = run(dect, allow_missing=True)
     assert row(result.cases, patient="P1", method="synthetic")["mae"] == pytest.approx(20)
+    summary = row(result.summary, source="all", method="synthetic")
+    assert (summary["unmatched_slices"], summary["missing_slices"], summary["slices"]) == (1, 0, 3)
+    assert list(result.cases.loc[result.cases["method"] == "synthetic", "unmatched_slices"]) == [1, 0]
+    record = json.loads((dect / "out" / "evaluation.json").read_text())
+    assert len(record["missing"]) == 1 and [one.split()[-2] for one in record["unmatched"]] == ["0.00"]
+    page = write_report(dect / "out").read_text(encoding="utf-8")
+    assert "1 slice is not in all images of a case and not scored" in page
+    assert "unmatched_slices" not in page and "unmatched_slices" not in result.patients.columns
 
 
 def test_splits_are_not_mixed(dect):
@@ -349,7 +363,11 @@ def test_a_prediction_on_another_grid_is_scored_on_the_targets_where_training_re
     with pytest.raises(DataError, match=r"image size .* set data\.resample"):
         run(tmp_path)
     write_prediction(tmp_path / "predictions/P1_cbct", "P1", "cbct", "synthetic.nii", resample="source")
-    slices = run(tmp_path).slices
+    result = run(tmp_path)
+    assert result.missing == () and result.unmatched == ("P1_cbct: P1/ct.nii: at 0.00 mm, not covered by all images",)
+    assert "1 slice that not all of its images have is not scored" in result.notes[-1]
+    assert (result.summary["unmatched_slices"] == 1).all()
+    slices = result.slices
     of_synthetic = slices[slices["method"] == "synthetic"]
     assert len(of_synthetic) == 5  # the target's first slice is not covered
     # A quarter of the field is covered; its outermost half voxels hold the edge, 5 HU off at either end.

@@ -42,7 +42,8 @@ def _score_table(summary: pd.DataFrame, protocol: str) -> dict[str, Any]:
             for row in rows.to_dict("records")
         ]
         counts = {name: int(rows[name].iloc[0]) for name in ("patients", "cases", "slices")}
-        missing = {name: int(rows[name].iloc[0]) if name in rows else 0 for name in ("missing_cases", "missing_slices")}
+        lacks = ("missing_cases", "missing_slices", "unmatched_slices")
+        missing = {name: int(rows[name].iloc[0]) if name in rows else 0 for name in lacks}
         groups.append({"split": split, "source": _source_words(source), "rows": lines} | counts | missing)
     columns = [
         {"title": shown_name(m), "unit": unit_of(m, protocol), "better": "↑" if m in HIGHER_IS_BETTER else "↓"}

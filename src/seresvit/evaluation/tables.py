@@ -25,7 +25,7 @@ from seresvit.evaluation.statistics import Difference, holm, paired_difference, 
 
 METHODS = ("synthetic", "source unchanged", LINEAR, TWO_ENERGY, CURVE)
 IDENTITY = ("patient", "source", "split", "method")
-COUNTS = ("slices", "missing_slices")
+COUNTS = ("slices", "missing_slices", "unmatched_slices")
 SHARES = ("ssim", "ms_ssim", "nmse")
 RATIOS = ("edge_sharpness", "noise_ratio", "noise_low", "noise_mid", "noise_high")
 OF_VALUES = ("bias_", "loa_", "target_")
@@ -39,7 +39,8 @@ class Evaluation:
     `slices`: one row a slice and method; `cases`: one row a case and method; `patients`: one row a patient and method,
     with the mean over the patient's cases; `summary`: one row a split, source (and "all") and method, with mean,
     standard deviation and number over its cases; `statistics`: one row a split, metric and comparison; `notes`: lines
-    on what was left out and why; `missing`: lines on what should have been predicted and was not.
+    on what was left out and why; `missing`: lines on what should have been there and was not; `unmatched`: every slice
+    that not all images of its case have.
     """
 
     protocol: str
@@ -50,6 +51,7 @@ class Evaluation:
     statistics: pd.DataFrame
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
 
 def metrics_in(table: pd.DataFrame) -> list[str]:
@@ -80,8 +82,8 @@ def summarise(cases: pd.DataFrame, protocol: str, missing_cases: Mapping[tuple[s
                     continue
                 row: dict[str, Any] = {"protocol": protocol, "split": split, "source": source, "method": method}
                 row |= {"patients": of_method["patient"].nunique(), "cases": len(of_method)}
-                row["slices"] = int(of_method["slices"].sum())
-                row |= {"missing_cases": lacking, "missing_slices": int(of_method["missing_slices"].sum())}
+                slices, *without = (int(of_method[name].sum()) for name in COUNTS)
+                row |= {"slices": slices, "missing_cases": lacking} | dict(zip(COUNTS[1:], without, strict=True))
                 for name in metrics_in(cases):
                     # A patient may lack a tissue; a metric of the protocol that could not be had must show.
                     values = of_method[name] if name in main else of_method[name].dropna()
@@ -166,7 +168,7 @@ def write(evaluation: Evaluation, out: Path) -> None:
         with written_whole(out / f"{name}.csv") as path:
             table.to_csv(path, index=False)
     record: dict[str, Any] = {"protocol": evaluation.protocol, "notes": evaluation.notes, "missing": evaluation.missing}
-    record |= {"headline": headline(evaluation)}
+    record |= {"unmatched": evaluation.unmatched, "headline": headline(evaluation)}
     shown = tables | {"slices": _detail(evaluation)}
     record |= {name: [_as_json(row) for row in table.to_dict("records")] for name, table in shown.items()}
     with written_whole(out / "evaluation.json") as path:
