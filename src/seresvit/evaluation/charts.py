@@ -17,7 +17,7 @@ from seresvit.evaluation.metrics import main_metrics
 from seresvit.evaluation.page import data_url
 from seresvit.evaluation.regions import LIMITS_OF_AGREEMENT_SD
 from seresvit.evaluation.scores import region_words
-from seresvit.evaluation.statistics import ALPHA
+from seresvit.evaluation.statistics import ALPHA, signed
 from seresvit.evaluation.tables import METHODS, shown_name, unit_of
 
 QUIET = "#5c6670"
@@ -132,7 +132,7 @@ def bland_altman(target: np.ndarray, synthetic: np.ndarray, unit: str) -> str:
         ):
             axis.axhline(value, color=COLOURS[1], linewidth=1.4, linestyle="-" if words == "bias" else "--")
             axis.annotate(
-                f"{words}: {value:+.3g}".replace("-", "−"),
+                f"{words}: {signed(value)}",
                 (1, value),
                 xycoords=("axes fraction", "data"),
                 xytext=(-4, 3),

@@ -52,7 +52,7 @@ from seresvit.evaluation.knockouts import (
     draw_sample,
     knock_out_all,
 )
-from seresvit.evaluation.statistics import ALPHA, MIN_PATIENTS_P
+from seresvit.evaluation.statistics import ALPHA, MIN_PATIENTS_P, signed
 from seresvit.synthesis.predictor import Predictor
 
 Group = tuple[Case, ...]
@@ -261,13 +261,9 @@ def _judge_region(row: pd.Series) -> tuple[bool | None, str, str]:
 
 def _measured(row: pd.Series) -> str:
     unit = f" {row['unit']}".rstrip()
-    interval = f"95 % CI {_signed(row['low'])} to {_signed(row['high'])}, " if pd.notna(row["low"]) else ""
+    interval = f"95 % CI {signed(row['low'])} to {signed(row['high'])}, " if pd.notna(row["low"]) else ""
     certainty = f"({interval}n = {row['n']} patient{'s' if row['n'] != 1 else ''})"
-    return f"{_signed(row['change'])}{unit} {certainty}, {abs(row['percent']):.2g} % of {row['mae_intact']:.4g}{unit}"
-
-
-def _signed(number: float) -> str:
-    return f"{number:+.3g}".replace("-", "−")
+    return f"{signed(row['change'])}{unit} {certainty}, {abs(row['percent']):.2g} % of {row['mae_intact']:.4g}{unit}"
 
 
 # Write.
@@ -387,7 +383,7 @@ def render_table(explanation: Explanation) -> Table:
 def _changes(knockouts: pd.DataFrame) -> str:
     """One line on what every knock-out of all blocks does to the whole image."""
     rows = knockouts[(knockouts["site"] == "all") & (knockouts["region"] == "image")].to_dict("records")
-    intervals = [f" ({_signed(r['low'])} to {_signed(r['high'])})" if pd.notna(r["low"]) else "" for r in rows]
-    changes = [f"{r['knockout']} {_signed(r['change'])}{of_r}" for r, of_r in zip(rows, intervals, strict=True)]
+    intervals = [f" ({signed(r['low'])} to {signed(r['high'])})" if pd.notna(r["low"]) else "" for r in rows]
+    changes = [f"{r['knockout']} {signed(r['change'])}{of_r}" for r, of_r in zip(rows, intervals, strict=True)]
     unit = f" [{rows[0]['unit']}]" if rows[0]["unit"] else ""
     return f"Change of MAE{unit} (95 % CI): {'; '.join(changes)}."

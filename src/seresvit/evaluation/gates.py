@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from seresvit.data.pair import Pair, load_sources, matched_slices
 from seresvit.data.pairing import Case
 from seresvit.data.volume import energy_kev_in
+from seresvit.evaluation.statistics import signed
 from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU
 from seresvit.model.fusion import record_gates
 from seresvit.synthesis.predictor import Predictor
@@ -317,14 +318,10 @@ def finding(images: pd.DataFrame, examples: list[dict[str, Any]]) -> str:
     size = f", {100 * abs(difference) / soft[block][branch]:.2f} % of it"
     size += f" and {abs(difference) / spread:.1f} standard deviations of all {len(images)} images" if spread else ""
     others = "; ".join(
-        f"{name[k]} {block_title(b)} {_signed(differences[b, k])}" for b, k in places if (b, k) != (block, branch)
+        f"{name[k]} {block_title(b)} {signed(differences[b, k], 4)}" for b, k in places if (b, k) != (block, branch)
     )
     return (
         f"The two images differ most in the {name[branch]} share of {block_title(block)}, which is "
         f"{bone[block][branch]:.4f} with most bone against {soft[block][branch]:.4f} with most soft tissue "
-        f"({_signed(difference)}{size}); the other differences are {others}."
+        f"({signed(difference, 4)}{size}); the other differences are {others}."
     )
-
-
-def _signed(number: float) -> str:
-    return f"{number:+.4f}".replace("-", "−") if abs(number) >= 5e-5 else "0.0000"

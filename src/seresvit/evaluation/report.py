@@ -38,6 +38,7 @@ from seresvit.evaluation.panels import (
 from seresvit.evaluation.provenance import trained
 from seresvit.evaluation.ranking import chosen_cases, ranked_cases
 from seresvit.evaluation.scores import p_words, scores, tested
+from seresvit.evaluation.statistics import signed
 from seresvit.evaluation.tables import METHODS, digits_of, shown_name, unit_of
 from seresvit.evaluation.viewer import linked_views, scripts
 
@@ -181,7 +182,7 @@ def _correlations(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for entry in entries:
         source = "all sources" if entry["source"] == "all" else entry["source"]
         row = rows.setdefault((source, entry["block"], entry["branch"]), {"counts": entry, "rho": {}})
-        row["rho"][entry["tissue"]] = "–" if entry["rho"] is None else f"{entry['rho']:+.2f}".replace("-", "−")
+        row["rho"][entry["tissue"]] = signed(entry["rho"], 2)
     return [
         {"source": source, "place": f"{block_title(block)} {BRANCH_NAMES[branch]}", **row}
         for (source, block, branch), row in rows.items()
@@ -200,20 +201,14 @@ def _knockouts(out: Path) -> list[dict[str, str]]:
             {
                 "knockout": row["knockout"],
                 "site": "all blocks" if row["site"] == "all" else block_title(row["site"]),
-                "change": f"{_signed(row['change'])} {unit}".rstrip(),
-                "interval": f"{_signed(row['low'])} to {_signed(row['high'])}" if pd.notna(row["low"]) else "–",
-                "percent": f"{_signed(row['percent'])} %",
+                "change": f"{signed(row['change'])} {unit}".rstrip(),
+                "interval": f"{signed(row['low'])} to {signed(row['high'])}" if pd.notna(row["low"]) else "–",
+                "percent": f"{signed(row['percent'])} %",
                 "n": str(row["n"]),
                 "p": p_words(row["p_adjusted"]),
             }
         )
     return lines
-
-
-def _signed(number: float) -> str:
-    if pd.isna(number):
-        return "–"
-    return (f"{number:+,.0f}" if abs(number) >= 1000 else f"{number:+.3g}").replace("-", "−")
 
 
 # A comparison: fusions under one budget, from the tables of seresvit compare.
@@ -285,10 +280,7 @@ def _comparisons(comparisons: pd.DataFrame, protocol: str) -> list[dict[str, str
     lines = []
     for row in comparisons.to_dict("records"):
         digits = digits_of(row["metric"], protocol)
-        mean, low, high = (
-            "–" if pd.isna(row[name]) else f"{row[name]:+.{digits}f}".replace("-", "−")
-            for name in ("mean", "low", "high")
-        )
+        mean, low, high = (signed(row[name], digits) for name in ("mean", "low", "high"))
         lines.append(
             {
                 "pair": f"{row['first']} − {row['second']}",
@@ -298,7 +290,7 @@ def _comparisons(comparisons: pd.DataFrame, protocol: str) -> list[dict[str, str
                 "interval": f"{low} to {high}" if low != "–" else "–",
                 "n": str(row["n"]),
                 "p": p_words(row["p_adjusted"]),
-                "effect_size": _signed(row["effect_size"]),
+                "effect_size": signed(row["effect_size"]),
             }
         )
     return lines
