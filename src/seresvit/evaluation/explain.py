@@ -51,6 +51,7 @@ from seresvit.evaluation.knockouts import (
     Sample,
     draw_sample,
     knock_out_all,
+    knockout_words,
 )
 from seresvit.evaluation.statistics import ALPHA, MIN_PATIENTS_P, signed
 from seresvit.synthesis.predictor import Predictor
@@ -384,6 +385,8 @@ def _changes(knockouts: pd.DataFrame) -> str:
     """One line on what every knock-out of all blocks does to the whole image."""
     rows = knockouts[(knockouts["site"] == "all") & (knockouts["region"] == "image")].to_dict("records")
     intervals = [f" ({signed(r['low'])} to {signed(r['high'])})" if pd.notna(r["low"]) else "" for r in rows]
-    changes = [f"{r['knockout']} {signed(r['change'])}{of_r}" for r, of_r in zip(rows, intervals, strict=True)]
+    changes = [
+        f"{knockout_words(r['knockout'])} {signed(r['change'])}{of_r}" for r, of_r in zip(rows, intervals, strict=True)
+    ]
     unit = f" [{rows[0]['unit']}]" if rows[0]["unit"] else ""
     return f"Change of MAE{unit} (95 % CI): {'; '.join(changes)}."

@@ -19,7 +19,7 @@ from torch import nn
 from seresvit.data.intensity import intensity_of
 from seresvit.data.pair import Pair
 from seresvit.evaluation.gates import BRANCHES
-from seresvit.evaluation.statistics import holm, paired_difference, sentence
+from seresvit.evaluation.statistics import Difference, holm, paired_difference, sentence
 from seresvit.model.fusion import altered_gates, record_gates
 from seresvit.model.generator import Generator
 from seresvit.synthesis.predictor import Predictor
@@ -361,6 +361,20 @@ def _donor_gates(
 # Tables: changes by patient, with their intervals.
 
 
+def question_of(knockout: str) -> str:
+    """What a knock-out asks about: "gates", "maps", "halves" or "channels". p is adjusted among those that ask the
+    same: over all of them nothing could be shown with few patients, however large it is."""
+    first, _, last = knockout.partition(" ")
+    if first in BRANCHES and last == "shut":
+        return "halves"
+    return first if first in ("gates", "maps") else "channels"
+
+
+def knockout_words(knockout: str) -> str:
+    """The name of a knock-out as people write it."""
+    return knockout.replace("cnn", "CNN")
+
+
 def _differences(errors: pd.DataFrame, unit: str, num_slices: int) -> tuple[pd.DataFrame, list[str]]:
     """The table of knockouts.csv, and a sentence for the whole image of each knock-out at all blocks."""
     sums = errors.groupby(["knockout", "site", "region", "patient"], sort=False)[["sum", "pixels"]].sum()
@@ -369,8 +383,13 @@ def _differences(errors: pd.DataFrame, unit: str, num_slices: int) -> tuple[pd.D
     for region in mae.index.get_level_values("region").unique():
         intact = mae.loc["intact", ALL, region]
         of_region = mae.xs(region, level="region").drop(index="intact", level="knockout")
-        found = holm({key: paired_difference(of_region.loc[key], intact) for key in of_region.index})
-        for (name, site), difference in found.items():
+        differences = {key: paired_difference(of_region.loc[key], intact) for key in of_region.index}
+        families: dict[str, dict[Any, Difference]] = {question_of(name): {} for name, _ in differences}
+        for key, difference in differences.items():
+            families[question_of(key[0])][key] = difference
+        adjusted = {key: one for family in families.values() for key, one in holm(family).items()}
+        for name, site in differences:
+            difference = adjusted[name, site]
             numbers = asdict(difference)
             identity = {"knockout": name, "site": site, "region": region, "unit": unit, "slices": num_slices}
             maes = {"mae_intact": intact.mean(), "mae": of_region.loc[name, site].mean()}
@@ -378,7 +397,7 @@ def _differences(errors: pd.DataFrame, unit: str, num_slices: int) -> tuple[pd.D
             percent = {"percent": 100 * change["change"] / maes["mae_intact"] if maes["mae_intact"] else np.nan}
             rows.append(identity | maes | change | numbers | percent)
             if region == "image" and site == ALL:
-                sentences.append(sentence(name, "the intact network", "MAE", unit, difference))
+                sentences.append(sentence(knockout_words(name), "the intact network", "MAE", unit, difference))
     table = pd.DataFrame(rows)
     may_be_none = ["low", "high", "p", "p_adjusted", "effect_size"]
     return table.astype(dict.fromkeys(may_be_none, np.float64)), sentences
