@@ -429,6 +429,8 @@ def test_statistics_are_of_patients_and_compare_with_another_evaluation(cohort):
     record = json.loads((root / "out" / "evaluation.json").read_text())
     assert record["headline"] in lines and "for the worse" in record["headline"]
     assert len(lines) == len(METHODS) and "n = 8 patients" in lines[0]
+    of_other = result.patients[result.patients["method"] == str(root / "other")]
+    assert of_other["mae"].tolist() == pytest.approx(of_theirs.tolist(), rel=1e-4)
 
 
 def test_another_evaluation_must_be_of_the_same_cases_and_protocol(cohort, dect):

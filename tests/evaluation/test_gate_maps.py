@@ -155,7 +155,7 @@ def test_every_panel_shows_the_balance_of_its_slice(folder, evaluated):
         for (_, picture), balance in zip(of_cases, of_page, strict=True):
             expected = colormaps["cividis"]((balance - low) / (high - low))[..., :3].repeat(4, 0).repeat(4, 1)[:46, :46]
             assert np.abs(picture / 255 - expected).max() < 0.02
-        assert f"{low:.2f}" in page.read_text() and f"{high:.2f} balance, ART" in page.read_text()
+        assert f"{low:.2f}" in page.read_text() and f"{high:.2f}, balance, ART" in page.read_text()
         assert len(shown) == len(of_cases) + 2  # and of the two examples
     assert "this shows no attention" in page.read_text()
 

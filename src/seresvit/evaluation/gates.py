@@ -224,6 +224,7 @@ def movement(block: str, gate_NC: np.ndarray, highest: float = 1.0) -> dict[str,
         share = of_image[f"{block}_{branch}"]
         spread = {"mean": share.mean(), "std": share.std(ddof=0), "min": share.min(), "max": share.max()}
         moved[branch] = {name: float(value) for name, value in spread.items()}
+    in_image = {name: of_image[f"{block}_{name}"] for name in ("std", "dead", "saturated")}
     over_images = float(np.sqrt(gate_NC.var(axis=0, dtype=np.float64).mean()))
     over_channels = float(gate_NC.mean(axis=0, dtype=np.float64).std())
     constant = len(gate_NC) > 1 and over_images < max(NEARLY_CONSTANT * over_channels, THOUSANDTH)
@@ -238,6 +239,10 @@ def movement(block: str, gate_NC: np.ndarray, highest: float = 1.0) -> dict[str,
     return moved | {
         "dead": dead,
         "saturated": saturated,
+        "in_image": {
+            name: {end: float(getattr(values, end)()) for end in ("mean", "min", "max")}
+            for name, values in in_image.items()
+        },
         "std_over_images": over_images,
         "std_over_channels": over_channels,
         "nearly_constant": constant,

@@ -37,10 +37,10 @@ class Evaluation:
     """All tables under one protocol.
 
     `slices`: one row a slice and method; `cases`: one row a case and method; `patients`: one row a patient and method,
-    with the mean over the patient's cases; `summary`: one row a split, source (and "all") and method, with mean,
-    standard deviation and number over its cases; `statistics`: one row a split, metric and comparison; `notes`: lines
-    on what was left out and why; `missing`: lines on what should have been there and was not; `unmatched`: every slice
-    that not all images of its case have.
+    the rival of `against` too, with the mean over the patient's cases; `summary`: one row a split, source (and "all")
+    and method, with mean, standard deviation and number over its cases; `statistics`: one row a split, metric and
+    comparison; `notes`: lines on what was left out and why; `missing`: lines on what should have been there and was
+    not; `unmatched`: every slice that not all images of its case have.
     """
 
     protocol: str
@@ -104,7 +104,7 @@ def statistics_of(cases: pd.DataFrame, protocol: str, against: pd.DataFrame | No
     for split, of_split in cases.groupby("split", sort=False):
         others = {method: of_split[of_split["method"] == method] for method in METHODS[1:]}
         if against is not None:
-            others[name] = against[(against["split"] == split) & (against["method"] == METHODS[0])]
+            others[name] = rival_cases(against[against["split"] == split], name)
         ours = of_split[of_split["method"] == METHODS[0]].set_index(["patient", "source"])
         for metric in main_metrics(protocol):
             differences = {}
@@ -156,6 +156,11 @@ def read_cases(folder: Path, cases: pd.DataFrame, protocol: str) -> pd.DataFrame
             f"{' '.join(differing.index[0])}; predict and evaluate the same slices with both"
         )
     return other
+
+
+def rival_cases(other: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The synthetic images of another evaluation's cases, as the cases of a method called `name`."""
+    return other[other["method"] == METHODS[0]].assign(method=name)
 
 
 # Write.
