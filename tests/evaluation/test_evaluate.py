@@ -143,6 +143,14 @@ def test_labels_are_weighed_by_their_voxels(dect):
     assert row(result.summary, source="110keV", method="synthetic")["mae_bone_mean"] == pytest.approx(10)
 
 
+def test_a_label_named_as_a_tissue_by_hu_does_not_take_its_place(dect):
+    before = row(run(dect).cases, patient="P1", method="synthetic")
+    (dect / "labels" / "labels.json").write_text('{"image": 1, "hu_bone": 2}')
+    after = row(run(dect, out="again").cases, patient="P1", method="synthetic")
+    assert after["mae_hu_bone"] == before["mae_hu_bone"] and after["mae"] == before["mae"]
+    assert (after["mae_label_image"], after["mae_label_hu_bone"]) == (before["mae_iodine"], before["mae_bone"])
+
+
 def test_a_perfect_prediction_has_an_infinite_psnr(dect):
     for patient in ("P1", "P2"):
         folder = dect / "predictions" / f"{patient}_110keV"

@@ -37,7 +37,7 @@ from seresvit.evaluation.tables import (
     write,
 )
 from seresvit.evaluation.texture import TargetTexture, edge_sharpness, noise_ratios, target_texture
-from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU, tissue_map
+from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU, label_regions, tissue_map
 
 
 @dataclass(frozen=True)
@@ -391,7 +391,7 @@ def _score_method(
     if not counted:
         raise DataError(f"no slice counts under protocol {protocol}, since each is almost empty; is the target right?")
     is_hu = pair.target.unit == "HU"
-    tallied = tally(target.values, values, labels, pair.label_names, is_hu)
+    tallied = tally(target.values, values, labels, label_regions(pair.label_names), is_hu)
     rows = [
         {"slice": int(target.numbers[z]), "position_mm": float(pair.target.positions_mm[z])}
         | of_slices[z]

@@ -15,7 +15,7 @@ from seresvit.data.pair import Pair, load_sources, matched_slices
 from seresvit.data.pairing import Case
 from seresvit.data.volume import energy_kev_in
 from seresvit.evaluation.statistics import signed
-from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU
+from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU, WHOLE_BODY, label_regions
 from seresvit.model.fusion import record_gates
 from seresvit.synthesis.predictor import Predictor
 
@@ -27,8 +27,6 @@ MARGIN = 0.05
 HIGHEST_GATE = {"gct": 2.0}  # all others end in a sigmoid or a softmax
 # Both encoding stages halve the image before the blocks.
 PIXELS_A_POSITION = 4
-# All that is inside the body; label images may have a label called "body" for what is none of their tissues.
-WHOLE_BODY = "whole_body"
 # A slice that hardly meets the body is no example of a tissue.
 MIN_BODY_SHARE = 0.05
 # A gate is called nearly constant when its channels move between images by less than this part of what they differ by,
@@ -78,7 +76,8 @@ def regions_of(pair: Pair, by_labels: bool) -> dict[str, np.ndarray]:
     or what is above BODY_ABOVE_HU.
     """
     if by_labels and pair.labels is not None:
-        return {WHOLE_BODY: pair.labels > 0} | {name: pair.labels == value for name, value in pair.label_names.items()}
+        named = label_regions(pair.label_names)
+        return {WHOLE_BODY: pair.labels > 0} | {name: pair.labels == value for name, value in named.items()}
     if pair.target.unit != "HU":
         return {} if pair.labels is None else {WHOLE_BODY: pair.labels > 0}
     values = pair.target.array

@@ -20,6 +20,7 @@ from seresvit.data.intensity import intensity_of
 from seresvit.data.pair import Pair
 from seresvit.evaluation.gates import BRANCHES
 from seresvit.evaluation.statistics import Difference, holm, paired_difference, sentence
+from seresvit.evaluation.tissues import IMAGE
 from seresvit.model.fusion import altered_gates, record_gates
 from seresvit.model.generator import Generator
 from seresvit.synthesis.predictor import Predictor
@@ -82,7 +83,7 @@ def draw_sample(
     values = target.array
     if target.unit == "arbitrary":
         values = rule.restore(intensity_of(target, predictor.data.intensity.target, predictor.data).normalise(values))
-    inside = {"image": np.ones(target.array.shape, bool)} | regions
+    inside = {IMAGE: np.ones(target.array.shape, bool)} | regions
     return Sample(
         pair.case.patient,
         pair.case.source,
@@ -205,7 +206,7 @@ def _sizes(sample: Sample, z: int) -> dict[str, int]:
 
 def rank_tissue(regions: Iterable[str]) -> str:
     """The region by which channels are ranked: bone where it is known, else the whole image."""
-    return "bone" if "bone" in regions else "image"
+    return "bone" if "bone" in regions else IMAGE
 
 
 def top_channels(changes: pd.DataFrame, tissue: str, without_patient: str) -> dict[str, list[int]]:
@@ -396,7 +397,7 @@ def _differences(errors: pd.DataFrame, unit: str, num_slices: int) -> tuple[pd.D
             change = {"change": numbers.pop("mean")}
             percent = {"percent": 100 * change["change"] / maes["mae_intact"] if maes["mae_intact"] else np.nan}
             rows.append(identity | maes | change | numbers | percent)
-            if region == "image" and site == ALL:
+            if region == IMAGE and site == ALL:
                 sentences.append(sentence(knockout_words(name), "the intact network", "MAE", unit, difference))
     table = pd.DataFrame(rows)
     may_be_none = ["low", "high", "p", "p_adjusted", "effect_size"]
@@ -409,7 +410,7 @@ def _channel_summary(changes: pd.DataFrame) -> pd.DataFrame:
     mean = changes.groupby(["block", "channel", "region"], sort=False)["change"].mean().unstack("region", sort=False)
     table = pd.DataFrame(index=mean.index)
     for region in mean.columns:
-        suffix = "" if region == "image" else f"_{region}"
+        suffix = "" if region == IMAGE else f"_{region}"
         table[f"mae_change{suffix}"] = mean[region]
         table[f"rank{suffix}"] = mean[region].rank(ascending=False, method="first").astype("Int64")
     table = table.reset_index()
