@@ -477,6 +477,16 @@ def test_without_a_training_case_the_fits_are_left_out_with_a_line(dect):
     assert "in 2 patients" in words and "no p-value" in words and "nan" not in words
 
 
+def test_a_patient_whose_name_looks_like_a_formula_is_text(dect):
+    manifest = (dect / "manifest.csv").read_text().replace("P1,test", "=1+1,test")
+    (dect / "manifest.csv").write_text(manifest)
+    write_prediction(dect / "predictions" / "P1_110keV", "=1+1", "110keV")
+    run(dect)
+    sheet = openpyxl.load_workbook(dect / "out" / "evaluation.xlsx")["Patient_Average"]
+    cell = next(cell for row in sheet.iter_rows() for cell in row if cell.value == "=1+1")
+    assert cell.data_type == "s" and cell.quotePrefix
+
+
 def test_json_holds_no_number_that_is_none(dect):
     for patient in ("P1", "P2"):
         for file in (dect / "predictions" / f"{patient}_110keV").glob("*.dcm"):

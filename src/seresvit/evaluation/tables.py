@@ -204,6 +204,9 @@ def _write_workbook(evaluation: Evaluation, out: Path) -> None:
             table.to_excel(workbook, sheet_name=sheet_name, index=False, freeze_panes=(1, 0))
             sheet = workbook.sheets[sheet_name]
             for column, cells in zip(table.columns, sheet.columns, strict=True):
+                for cell in cells:
+                    if cell.data_type == "f":  # a name that begins with "=" is no formula
+                        cell.data_type, cell.quotePrefix = "s", True
                 cells[0].font = Font(bold=True)
                 for cell in cells[1:]:
                     if isinstance(cell.value, float):
