@@ -280,7 +280,7 @@ def evaluate(
     out: Out,
     protocol: Annotated[str, typer.Option(help="how to score; see docs/metrics.md")] = "dect",
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="count missing cases and slices in the summary, do not fail")
+        bool, typer.Option("--allow-missing", help="count missing cases and slices without a partner, do not fail")
     ] = False,
     against: Annotated[
         Path | None, typer.Option(help="folder of another evaluation of the same cases, to compare with")

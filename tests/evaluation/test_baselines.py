@@ -81,3 +81,15 @@ def test_a_prediction_of_both_energies_has_no_other_two(cases):
 
 def test_without_training_patients_there_are_none(cases):
     assert fits([case for case in cases if case.split == "test"], ("110keV",)) == {}
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_the_curve_falls_where_the_relation_does(tmp_path, falls):
+    """A relation that is far from a line, in either direction; the wrong one could give but a constant."""
+    source = np.random.default_rng(2).integers(0, 256, (32, 32))
+    for name, plane in (("x", source), ("y", (255 - source if falls else source) ** 2 // 255)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(plane.astype(np.uint8)).save(tmp_path / name / "1.png")
+    found = fits([Case("P0", "train", "x", "y", tmp_path / "x", tmp_path / "y")], ("x",))["intensity curve"]
+    at = np.array([10.0, 128.0, 240.0])
+    assert found.apply([at]) == pytest.approx((255 - at if falls else at) ** 2 / 255, abs=2)

@@ -353,3 +353,11 @@ def test_a_worker_leaves_to_others_what_they_work_on(whole, manifest, tmp_path, 
     assert done == [run for run in comparison.runs if run != ("se", 0)]
     command = trials.worker_command(comparison)
     assert command[1:4] == ["-m", "seresvit", "compare"] and command[-1] == "--runs-only"
+
+
+def test_a_slice_without_a_partner_is_left_out_of_every_run_and_told(manifest, tmp_path):
+    shutil.copytree(manifest.parent, tmp_path / "images")
+    min((tmp_path / "images" / "dicom" / "110keV" / "P009").glob("*.dcm")).unlink()
+    found = compare(asked(tmp_path / "images" / "manifest.csv", tmp_path / "out", ("concat",), 1))
+    assert "1 slice that not all images of its case have is left out of every run." in found.record["notes"]
+    assert found.record["failed"] == [] and found.record["patients"] == 7

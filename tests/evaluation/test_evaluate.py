@@ -22,6 +22,7 @@ from seresvit.data.volume import DataError
 from seresvit.evaluation.evaluate import evaluate
 from seresvit.evaluation.metrics import score
 from seresvit.evaluation.page import read_table
+from seresvit.evaluation.report import write_report
 from seresvit.evaluation.tables import METHODS, render_table, sentences
 
 FRAME = generate_uid()
@@ -142,6 +143,14 @@ def test_labels_are_weighed_by_their_voxels(dect):
     assert row(result.summary, source="110keV", method="synthetic")["mae_bone_mean"] == pytest.approx(10)
 
 
+def test_a_label_named_as_a_tissue_by_hu_does_not_take_its_place(dect):
+    before = row(run(dect).cases, patient="P1", method="synthetic")
+    (dect / "labels" / "labels.json").write_text('{"image": 1, "hu_bone": 2}')
+    after = row(run(dect, out="again").cases, patient="P1", method="synthetic")
+    assert after["mae_hu_bone"] == before["mae_hu_bone"] and after["mae"] == before["mae"]
+    assert (after["mae_label_image"], after["mae_label_hu_bone"]) == (before["mae_iodine"], before["mae_bone"])
+
+
 def test_a_perfect_prediction_has_an_infinite_psnr(dect):
     for patient in ("P1", "P2"):
         folder = dect / "predictions" / f"{patient}_110keV"
@@ -234,10 +243,23 @@ def test_a_protocol_for_other_units_is_refused(dect):
         run(dect, "dectt")
 
 
-def test_a_slice_that_source_and_target_do_not_share_is_left_out(dect):
+def test_a_slice_that_source_and_target_do_not_share_is_listed_and_counted(dect):
     (dect / "110keV" / "P1" / "0.dcm").unlink()
-    result = run(dect)
+    with pytest.raises(
+        DataError, match=r"P1_110keV: 1 slice that not all .* is not scored \(.*P1: 0\.dcm at 0\.00 mm\)"
+    ):
+        run(dect)
+    assert not (dect / "out").exists()
+    result = run(dect, allow_missing=True)
     assert row(result.cases, patient="P1", method="synthetic")["mae"] == pytest.approx(20)
+    summary = row(result.summary, source="all", method="synthetic")
+    assert (summary["unmatched_slices"], summary["missing_slices"], summary["slices"]) == (1, 0, 3)
+    assert list(result.cases.loc[result.cases["method"] == "synthetic", "unmatched_slices"]) == [1, 0]
+    record = json.loads((dect / "out" / "evaluation.json").read_text())
+    assert len(record["missing"]) == 1 and [one.split()[-2] for one in record["unmatched"]] == ["0.00"]
+    page = write_report(dect / "out").read_text(encoding="utf-8")
+    assert "1 slice is not in all images of a case and not scored" in page
+    assert "unmatched_slices" not in page and "unmatched_slices" not in result.patients.columns
 
 
 def test_splits_are_not_mixed(dect):
@@ -349,7 +371,11 @@ def test_a_prediction_on_another_grid_is_scored_on_the_targets_where_training_re
     with pytest.raises(DataError, match=r"image size .* set data\.resample"):
         run(tmp_path)
     write_prediction(tmp_path / "predictions/P1_cbct", "P1", "cbct", "synthetic.nii", resample="source")
-    slices = run(tmp_path).slices
+    result = run(tmp_path)
+    assert result.missing == () and result.unmatched == ("P1_cbct: P1/ct.nii: at 0.00 mm, not covered by all images",)
+    assert "1 slice that not all of its images have is not scored" in result.notes[-1]
+    assert (result.summary["unmatched_slices"] == 1).all()
+    slices = result.slices
     of_synthetic = slices[slices["method"] == "synthetic"]
     assert len(of_synthetic) == 5  # the target's first slice is not covered
     # A quarter of the field is covered; its outermost half voxels hold the edge, 5 HU off at either end.
@@ -411,6 +437,8 @@ def test_statistics_are_of_patients_and_compare_with_another_evaluation(cohort):
     record = json.loads((root / "out" / "evaluation.json").read_text())
     assert record["headline"] in lines and "for the worse" in record["headline"]
     assert len(lines) == len(METHODS) and "n = 8 patients" in lines[0]
+    of_other = result.patients[result.patients["method"] == str(root / "other")]
+    assert of_other["mae"].tolist() == pytest.approx(of_theirs.tolist(), rel=1e-4)
 
 
 def test_another_evaluation_must_be_of_the_same_cases_and_protocol(cohort, dect):
@@ -447,6 +475,16 @@ def test_without_a_training_case_the_fits_are_left_out_with_a_line(dect):
     assert len(result.notes) == 1 and "no training case" in result.notes[0]
     words = sentences(result)[0]
     assert "in 2 patients" in words and "no p-value" in words and "nan" not in words
+
+
+def test_a_patient_whose_name_looks_like_a_formula_is_text(dect):
+    manifest = (dect / "manifest.csv").read_text().replace("P1,test", "=1+1,test")
+    (dect / "manifest.csv").write_text(manifest)
+    write_prediction(dect / "predictions" / "P1_110keV", "=1+1", "110keV")
+    run(dect)
+    sheet = openpyxl.load_workbook(dect / "out" / "evaluation.xlsx")["Patient_Average"]
+    cell = next(cell for row in sheet.iter_rows() for cell in row if cell.value == "=1+1")
+    assert cell.data_type == "s" and cell.quotePrefix
 
 
 def test_json_holds_no_number_that_is_none(dect):

@@ -1,10 +1,13 @@
 """Judged by NumPy on boolean masks, one region at a time, and by Python sets of voxels."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from seresvit.evaluation.gates import regions_of
 from seresvit.evaluation.regions import region_scores, tally
-from seresvit.evaluation.tissues import TISSUES_HU, tissue_map
+from seresvit.evaluation.tissues import TISSUES_HU, label_regions, tissue_map
 
 NAMES = {"vessel": 2, "femur": 5, "absent": 7}
 
@@ -89,3 +92,13 @@ def test_ranges_hold_their_upper_bound():
     names = [None, *TISSUES_HU]
     found = [names[k] for k in tissue_map(np.array([-950, -949, -300, -200, -150, -20, 100, 250, 250.1, 3000]))]
     assert found == [None, "lung", "lung", None, None, "fat", "soft", "contrast", "bone", "bone"]
+
+
+def test_a_label_never_takes_the_name_of_a_region_of_ours():
+    names = {"hu_bone": 1, "image": 2, "whole_body": 3, "bone": 4, "label_image": 5}
+    regions = label_regions(names)
+    assert regions == {"label_hu_bone": 1, "label_label_image": 2, "label_whole_body": 3, "bone": 4, "label_image": 5}
+    labels = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
+    found = regions_of(SimpleNamespace(labels=labels, label_names=names), by_labels=True)
+    assert found["whole_body"].sum() == 5 and "image" not in found and len(found) == 6
+    assert all((found[region] == (labels == value)).all() for region, value in regions.items())

@@ -24,13 +24,16 @@ from seresvit.config import Config, DataSettings, ModelSettings, VitSettings, to
 from seresvit.data.pairing import Case, write_manifest
 from seresvit.data.phantom import simulate
 from seresvit.data.volume import DataError
+from seresvit.evaluation import report
 from seresvit.evaluation.charts import agreement, bland_altman, distributions
 from seresvit.evaluation.evaluate import evaluate
 from seresvit.evaluation.explain import explain
 from seresvit.evaluation.page import read_table, write_page
-from seresvit.evaluation.panels import CaseImages, chosen_cases, load_case, load_slices, read_predictions
+from seresvit.evaluation.panels import CaseImages, load_case, load_slices, read_predictions
 from seresvit.evaluation.provenance import trained
+from seresvit.evaluation.ranking import chosen_cases
 from seresvit.evaluation.report import _gates, write_report
+from seresvit.evaluation.statistics import signed
 from seresvit.evaluation.viewer import linked_views, scripts
 from seresvit.model import checkpoint
 from seresvit.model.generator import Generator
@@ -42,12 +45,14 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.tags, self.text, self.inside, self.scripts = [], "", "", []
+        self.tags, self.text, self.inside, self.scripts, self.rows = [], "", "", [], []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         self.inside = tag
+        if tag == "tr":
+            self.rows.append("")
         if tag == "script":
             self.scripts.append([dict(attrs).get("type", ""), ""])
 
@@ -59,6 +64,8 @@ class Page(HTMLParser):
             self.scripts[-1][1] += data
         elif self.inside != "style":
             self.text += data
+            if self.rows:
+                self.rows[-1] += f" {data}"
 
     def images(self):
         return [attributes for tag, attributes in self.tags if tag == "img"]
@@ -237,6 +244,38 @@ def test_gates_and_their_example_are_told(folder, page):
             assert f"{shares['transformer']:.4f}" in page.text and f"{shares['cnn']:.4f}" in page.text
     plot = base64.b64encode((folder / "evaluation" / "gates.png").read_bytes()).decode()
     assert any(image["src"].endswith(plot) for image in page.images())
+
+
+def test_the_channels_that_bone_needs_are_told_by_tissue_and_every_gate_with_its_ends(folder, page):
+    """The first row of the ranking and both blocks' spreads against gates.csv and channels.csv."""
+    images, channels = (pd.read_csv(folder / "evaluation" / f"{name}.csv") for name in ("gates", "channels"))
+    first = channels.loc[channels["mae_change_bone"].idxmax()]
+    rows = [" ".join(row.split()) for row in page.rows]
+    place = f"{first['block'].replace('art_', 'ART ')}, channel {first['channel']}"
+    row = next(row for row in rows if row.startswith(place))
+    assert f"{first['mean']:.3f}" in row and " 1 " in row
+    for tissue in ("bone", "soft", "lung"):
+        assert signed(first[f"mae_change_{tissue}"]) in row
+    for block in ("art_1", "art_6"):
+        std, dead = images[f"{block}_std"], images[f"{block}_dead"]
+        words = (
+            f"{std.mean():.4f} ({std.min():.4f} to {std.max():.4f}) {dead.mean():.3g} ({dead.min()} to {dead.max()})"
+        )
+        assert any(words in row for row in rows)
+
+
+def test_patients_are_joined_by_lines_from_each_rival_to_the_network(folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "slopes", lambda means, pairs, *more: drawn.append((means, pairs, *more)) or "")
+    write_report(folder / "evaluation")
+    patients = pd.read_csv(folder / "evaluation" / "patients.csv").set_index(["patient", "method"])["mae"]
+    means, pairs, *words = drawn[0]
+    assert (
+        pairs == [(rival, "synthetic") for rival in patients["P002"].index if rival != "synthetic"] and len(pairs) > 2
+    )
+    assert words == ["MAE", "HU", False]
+    for patient in ("P002", "P003", "P004"):
+        assert means.loc[patient].to_dict() == patients[patient].to_dict()
 
 
 def test_the_viewer_holds_the_images_as_they_lie_in_the_patient(folder, page):

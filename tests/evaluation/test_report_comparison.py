@@ -73,6 +73,7 @@ def test_a_comparison_is_told_with_its_costs_and_failures(comparison):
         assert words in text
     for words in ("29.25 ± 1.50 (0.71)", "30.50 ± 0.00 (0.71)", "123,507,073", "1.250 (1.200 to 1.300)"):
         assert words in text
+    assert "123,507,073 (+0.0531 %)" in text and "123,441,537 (" not in text and "236.7 (+0.00359 %)" not in text
     for words in ("−1.25", "−2.00 to +0.25", "−0.83"):
         assert words in text
     assert len(images) == 3 and "<script" not in comparison.read_text(encoding="utf-8")
@@ -86,13 +87,14 @@ def test_slopes_count_the_patients_that_got_better(comparison, monkeypatch):
     drawn = []
     monkeypatch.setattr(charts, "_png", lambda figure: drawn.append(figure) or "")
     patients = pd.read_csv(comparison.parent / "patients.csv")
-    charts.slopes(patients, "concat", "mae", "HU")
+    means = patients.groupby(["fusion", "patient"])["mae"].mean().unstack("fusion")
+    charts.slopes(means, [("concat", "se")], "MAE", "HU", False)
     (axis,) = drawn[0].axes
     assert axis.get_title(loc="left") == "better in 3 of 4 patients" and axis.get_ylabel() == "MAE [HU]"
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["concat", "se"]
     ends = [line.get_ydata().tolist() for line in axis.lines]
     assert ends == [[30.5, 28.5]] * 3 + [[30.5, 31.5]]
-    assert charts.slopes(patients[patients["fusion"] == "se"], "concat", "mae", "HU") == ""
+    assert charts.slopes(means, [("concat", "cbam")], "MAE", "HU", False) == ""
 
 
 def test_bland_altman_lines_are_bias_and_limits(monkeypatch):

@@ -14,6 +14,7 @@ from seresvit.evaluation.statistics import (
     paired_difference,
     seeds_and_patients_difference,
     sentence,
+    signed,
 )
 
 
@@ -152,13 +153,13 @@ def test_patients_without_a_value_are_left_out_and_others_are_refused():
             Difference(-1.8, -2.6, -0.9, 12, 0.03, 0.09),
             False,
             "no difference in MAE was shown between se and concat "
-            "(mean -1.8 HU, 95 % CI -2.6 to -0.9, n = 12 patients, p = 0.090 after Holm's correction)",
+            "(mean −1.8 HU, 95 % CI −2.6 to −0.9, n = 12 patients, p = 0.090 after Holm's correction)",
         ),
         (
             Difference(-1.8, -3.7, 0.1, 12, 0.04),
             False,
             "no difference in MAE was shown between se and concat "
-            "(mean -1.8 HU, 95 % CI -3.7 to 0.1, n = 12 patients, p = 0.040)",
+            "(mean −1.8 HU, 95 % CI −3.7 to 0.1, n = 12 patients, p = 0.040)",
         ),
         (
             Difference(2.0, 0.01, 4.0, 9, 0.04),
@@ -169,3 +170,10 @@ def test_patients_without_a_value_are_left_out_and_others_are_refused():
 )
 def test_sentences(difference, higher_is_better, words):
     assert sentence("se", "concat", "MAE", "HU", difference, higher_is_better) == words
+
+
+def test_a_number_is_written_one_way_everywhere():
+    assert [signed(number) for number in (0.04567, -0.5, 2600.4, -12345.0, 0.0, None, np.nan)] == [
+        *("+0.0457", "−0.5", "+2,600", "−12,345", "0", "–", "–")
+    ]
+    assert [signed(number, 2) for number in (0.456, -1.0, -0.004, np.float64("nan"))] == ["+0.46", "−1.00", "0.00", "–"]

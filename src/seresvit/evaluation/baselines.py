@@ -38,10 +38,10 @@ def fit_baselines(
 
     Linear fit: least squares over the prediction's own channels. Two-energy fit: the same over the lowest and the
     highest of the energies that the manifest's sources name, which for monoenergetic images is what physics leaves
-    (two basis materials). Intensity curve: the monotone curve of least squared error, for one channel (isotonic
-    regression, Barlow et al. 1972). A baseline is lacking where no training patient has its sources in the target's
-    unit. Values, and pixels, are those that the protocol scores. Raises DataError for a training image that cannot be
-    read.
+    (two basis materials). Intensity curve: the monotone curve of least squared error, rising or falling, for one
+    channel (isotonic regression, Barlow et al. 1972). A baseline is lacking where no training patient has its sources
+    in the target's unit. Values, and pixels, are those that the protocol scores. Raises DataError for a training image
+    that cannot be read.
     """
     energies = {kev: case.source for case in cases if (kev := energy_kev_in(case.source)) is not None}
     ends = (energies[min(energies)], energies[max(energies)]) if len(energies) > 1 else ()
@@ -102,7 +102,9 @@ def _plane(sources: np.ndarray, target: np.ndarray) -> Callable[[list[np.ndarray
 
 
 def _curve(sources: np.ndarray, target: np.ndarray) -> Callable[[list[np.ndarray]], np.ndarray]:
+    """The rising or the falling curve, whichever comes closer to the training pixels (T1 against T2 mostly falls)."""
     levels, level_of, counts = np.unique(sources[0], return_inverse=True, return_counts=True)
     means = np.bincount(level_of, weights=target) / counts
-    heights = isotonic_regression(means, weights=counts).x
+    curves = [isotonic_regression(means, weights=counts, increasing=rises).x for rises in (True, False)]
+    heights = min(curves, key=lambda curve: np.sum(counts * (curve - means) ** 2))
     return lambda arrays: np.interp(arrays[0], levels, heights)

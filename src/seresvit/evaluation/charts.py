@@ -1,7 +1,9 @@
 """The charts of a report: colours that the colour-blind can tell apart, with a marker each, and units on every axis."""
 
 import io
+import textwrap
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from seresvit.evaluation.metrics import main_metrics
 from seresvit.evaluation.page import data_url
 from seresvit.evaluation.regions import LIMITS_OF_AGREEMENT_SD
 from seresvit.evaluation.scores import region_words
-from seresvit.evaluation.statistics import ALPHA
+from seresvit.evaluation.statistics import ALPHA, signed
 from seresvit.evaluation.tables import METHODS, shown_name, unit_of
 
 QUIET = "#5c6670"
@@ -79,7 +81,7 @@ def distributions(cases: pd.DataFrame, protocol: str) -> str:
                 axis.scatter(values, place + spread, s=14, color=colour, marker=MARKERS[place], alpha=0.8)
                 axis.collections[-1].set_zorder(3)
             axis.set_xlabel(_with_unit(shown_name(metric), unit_of(metric, protocol)))
-            axis.locator_params(axis="x", nbins=5)
+            axis.locator_params(axis="x", nbins=4)
             axis.grid(axis="y", visible=False)
         axes[0, 0].set_yticks(range(len(methods)), methods)
         axes[0, 0].invert_yaxis()
@@ -132,7 +134,7 @@ def bland_altman(target: np.ndarray, synthetic: np.ndarray, unit: str) -> str:
         ):
             axis.axhline(value, color=COLOURS[1], linewidth=1.4, linestyle="-" if words == "bias" else "--")
             axis.annotate(
-                f"{words}: {value:+.3g}".replace("-", "−"),
+                f"{words}: {signed(value)}",
                 (1, value),
                 xycoords=("axes fraction", "data"),
                 xytext=(-4, 3),
@@ -148,31 +150,33 @@ def bland_altman(target: np.ndarray, synthetic: np.ndarray, unit: str) -> str:
         return _png(figure)
 
 
-def slopes(patients: pd.DataFrame, reference: str, metric: str, unit: str, higher_is_better: bool = False) -> str:
-    """Each patient's mean over seeds with `reference` and with each other fusion, joined by lines; "" without one."""
-    means = patients.groupby(["fusion", "patient"], sort=False)[metric].mean().unstack("fusion")
-    others = [name for name in means.columns if name != reference]
-    if reference not in means or not others:
+def slopes(means: pd.DataFrame, pairs: Sequence[tuple[str, str]], name: str, unit: str, higher_is_better: bool) -> str:
+    """For each pair of columns of `means`, a row a patient, each patient's two values joined by a line; "" without one.
+
+    `name` and `unit` are of the values. Told is in how many patients the second of the pair is better.
+    """
+    drawn = [(pair, means[[*pair]].dropna()) for pair in pairs if set(pair) <= set(means.columns)]
+    drawn = [(pair, both) for pair, both in drawn if len(both)]
+    if not drawn:
         return ""
-    across = min(len(others), 5)
-    down = -(-len(others) // across)
+    across = min(len(drawn), 5)
+    down = -(-len(drawn) // across)
     with rc_context(STYLE):
         figure, axes = _figure(2.6 * down + 0.3, down, across, sharey=True, squeeze=False)
-        for axis, other in zip(axes.flat, others, strict=False):
-            both = means[[reference, other]].dropna()
-            change = both[other] - both[reference]
+        for axis, (pair, both) in zip(axes.flat, drawn, strict=False):
+            change = both[pair[1]] - both[pair[0]]
             better = change > 0 if higher_is_better else change < 0
-            for patient, pair in both.iterrows():
+            for patient, ends in both.iterrows():
                 style = ("-", COLOURS[0], "o") if better[patient] else ("--", COLOURS[1], "^")
-                axis.plot((0, 1), pair, linestyle=style[0], color=style[1], marker=style[2], markersize=4, linewidth=1)
+                axis.plot((0, 1), ends, linestyle=style[0], color=style[1], marker=style[2], markersize=4, linewidth=1)
             axis.set_title(f"better in {int(better.sum())} of {len(both)} patients", loc="left")
-            axis.set_xticks((0, 1), (reference, other))
+            axis.set_xticks((0, 1), [literal(textwrap.fill(one, 18)) for one in pair])
             axis.set_xlim(-0.25, 1.25)
             axis.grid(axis="x", visible=False)
-        for axis in axes.flat[len(others) :]:
+        for axis in axes.flat[len(drawn) :]:
             axis.set_visible(False)
         for row in axes:
-            row[0].set_ylabel(_with_unit(shown_name(metric), unit))
+            row[0].set_ylabel(_with_unit(name, unit))
         return _png(figure)
 
 

@@ -145,9 +145,26 @@ def _notes(comparison: Comparison, num_comparisons: int) -> list[str]:
         notes.append("Intervals: bootstrap of seeds and patients. p: of the patients' means over these seeds.")
     else:
         notes.append("With one seed, nothing is known of how much another seed would change; take three or more.")
+    if left_out := _unmatched(comparison):
+        are = (
+            "s that not all images of their cases have are"
+            if left_out > 1
+            else " that not all images of its case have is"
+        )
+        notes.append(f"{left_out} slice{are} left out of every run.")
     if num_comparisons > 1:
         notes.append(f"p is adjusted by Holm's procedure over the {num_comparisons} comparisons of a metric.")
     return notes
+
+
+def _unmatched(comparison: Comparison) -> int:
+    """How many slices of the test cases have no partner; the same in each run, and read of the first that is done."""
+    done = next(((f, seed) for f, seed in comparison.runs if f != SHARED and is_done(comparison, f, seed)), None)
+    if done is None:
+        return 0
+    cases = pd.read_csv(comparison.folder(*done) / "evaluation" / "cases.csv")
+    tested = cases[(cases["method"] == METHODS[0]) & (cases["split"] == "test")]
+    return int(tested.get("unmatched_slices", pd.Series(dtype=int)).sum())
 
 
 # Tabulate: one number a fusion, seed and patient.

@@ -31,12 +31,13 @@ from seresvit.evaluation.tables import (
     Evaluation,
     patients_of,
     read_cases,
+    rival_cases,
     statistics_of,
     summarise,
     write,
 )
 from seresvit.evaluation.texture import TargetTexture, edge_sharpness, noise_ratios, target_texture
-from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU, tissue_map
+from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU, label_regions, tissue_map
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def evaluate(
 
     Raises ConfigError for an unknown protocol, and DataError, with nothing written, that lists every fault: a folder
     that the manifest does not know, a test case without prediction (of the sources that were predicted), a missing
-    slice, a slice that was not predicted. With `allow_missing` the last three are counted in the summary instead.
+    slice, a slice that was not predicted, a slice that only source or target has. With `allow_missing` the last four
+    are counted in the summary instead. Where training resampled, images may reach differently far: slices that not all
+    of them cover are then counted and noted, and no fault.
     """
     predictions, out = Path(predictions), Path(out)
     find_protocol(protocol)
@@ -88,6 +91,7 @@ def evaluate(
     baselines = fit_baselines((p.sources for p in matched), cases, _geometry(matched[0].record), protocol)
     slice_rows: list[dict[str, Any]] = []
     case_rows: list[dict[str, Any]] = []
+    unmatched: list[str] = []
     notes = [] if any(baselines.values()) else [_why_no_baseline(cases)]
     console = Console(stderr=True)
     for prediction in track(matched, "evaluate", console=console, transient=True, disable=not console.is_terminal):
@@ -100,6 +104,7 @@ def evaluate(
         case_rows += scored.cases
         missing += scored.missing
         notes += scored.notes
+        unmatched += scored.unmatched
     _refuse(predictions, faults + ([] if allow_missing else missing))
     cases_table = pd.DataFrame(case_rows)
     other = None if against is None else read_cases(Path(against), cases_table, protocol)
@@ -108,10 +113,11 @@ def evaluate(
         pd.DataFrame(slice_rows),
         cases_table,
         summarise(cases_table, protocol, Counter((case.split, case.source) for case in unpredicted)),
-        patients_of(cases_table),
+        patients_of(cases_table if other is None else pd.concat([cases_table, rival_cases(other, str(against))])),
         statistics_of(cases_table, protocol, other, str(against)),
         tuple(notes),
         tuple(missing),
+        tuple(unmatched),
     )
     write(evaluation, out)
     return evaluation
@@ -195,12 +201,14 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class _Scored:
-    """The rows of one prediction, a row a slice or case and method, and lines on what is lacking."""
+    """The rows of one prediction, a row a slice or case and method, lines on what is lacking, and the slices that not
+    all images of the case have."""
 
     slices: list[dict[str, Any]]
     cases: list[dict[str, Any]]
     missing: list[str]
     notes: list[str]
+    unmatched: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,9 +249,12 @@ def _score_prediction(
             continue
         values = [in_protocol_values(source, protocol) for source in sources]
         methods.append((baseline.method, baseline.apply(values), 1.0))  # MR is scaled already
+    if pair.dropped:
+        (notes if _geometry(prediction.record).resample else missing).append(_unmatched_words(name, pair.dropped))
     case = prediction.cases[0]
     target = _target(pair, numbers, protocol)
-    scored = _Scored([], [], missing, notes)
+    scored = _Scored([], [], missing, notes, [f"{name}: {one}" for one in pair.dropped])
+    counts = {"missing_slices": num_missing, "unmatched_slices": len(pair.dropped)}
     for method, array, scale in methods:
         identity = dict(zip(IDENTITY, (case.patient, "+".join(prediction.sources), case.split, method), strict=True))
         try:
@@ -251,8 +262,14 @@ def _score_prediction(
         except DataError as error:
             raise DataError(f"{name}, {method}: {error}") from None
         scored.slices.extend(identity | row for row in of_slices)
-        scored.cases.append(identity | {"slices": len(of_slices), "missing_slices": num_missing} | of_case)
+        scored.cases.append(identity | {"slices": len(of_slices)} | counts | of_case)
     return scored
+
+
+def _unmatched_words(name: str, dropped: list[str], most: int = 3) -> str:
+    more = f" and {len(dropped) - most} more" if len(dropped) > most else ""
+    are = "s that not all of its images have are" if len(dropped) > 1 else " that not all of its images have is"
+    return f"{name}: {len(dropped)} slice{are} not scored ({', '.join(dropped[:most])}{more})"
 
 
 def load_prediction(prediction: Prediction) -> tuple[Pair, Volume]:
@@ -374,7 +391,7 @@ def _score_method(
     if not counted:
         raise DataError(f"no slice counts under protocol {protocol}, since each is almost empty; is the target right?")
     is_hu = pair.target.unit == "HU"
-    tallied = tally(target.values, values, labels, pair.label_names, is_hu)
+    tallied = tally(target.values, values, labels, label_regions(pair.label_names), is_hu)
     rows = [
         {"slice": int(target.numbers[z]), "position_mm": float(pair.target.positions_mm[z])}
         | of_slices[z]

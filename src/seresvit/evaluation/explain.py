@@ -20,6 +20,7 @@ from seresvit.data.pair import load_pair
 from seresvit.data.pairing import Case, load_channels, read_manifest
 from seresvit.data.volume import written_whole
 from seresvit.evaluation.gate_figures import BRANCH_NAMES, draw_channels, draw_knockouts, draw_maps, draw_shares
+from seresvit.evaluation.gate_maps import gate_maps, write_gate_maps
 from seresvit.evaluation.gates import (
     BRANCHES,
     TISSUES_BY,
@@ -50,8 +51,9 @@ from seresvit.evaluation.knockouts import (
     Sample,
     draw_sample,
     knock_out_all,
+    knockout_words,
 )
-from seresvit.evaluation.statistics import ALPHA, MIN_PATIENTS_P
+from seresvit.evaluation.statistics import ALPHA, MIN_PATIENTS_P, signed
 from seresvit.synthesis.predictor import Predictor
 
 Group = tuple[Case, ...]
@@ -102,6 +104,7 @@ def explain(
     examples = find_examples(images, maps)
     summary = {
         "checkpoint": str(predictor.path.absolute()),
+        "checkpoint_sha256": predictor.checkpoint_sha256,
         "run": predictor.header.get("run", ""),
         "fusion": predictor.net.settings.fusion.kind,
         "split": split,
@@ -132,6 +135,7 @@ def explain(
     explanation = Explanation(images, gates_NC, maps, channels, table, summary)
     panels = _example_panels(predictor, groups, examples) if len(maps) else []
     _write(explanation, panels, Path(out))
+    write_gate_maps(gate_maps(predictor, groups, Path(out), examples), Path(out))
     return explanation
 
 
@@ -258,13 +262,9 @@ def _judge_region(row: pd.Series) -> tuple[bool | None, str, str]:
 
 def _measured(row: pd.Series) -> str:
     unit = f" {row['unit']}".rstrip()
-    interval = f"95 % CI {_signed(row['low'])} to {_signed(row['high'])}, " if pd.notna(row["low"]) else ""
+    interval = f"95 % CI {signed(row['low'])} to {signed(row['high'])}, " if pd.notna(row["low"]) else ""
     certainty = f"({interval}n = {row['n']} patient{'s' if row['n'] != 1 else ''})"
-    return f"{_signed(row['change'])}{unit} {certainty}, {abs(row['percent']):.2g} % of {row['mae_intact']:.4g}{unit}"
-
-
-def _signed(number: float) -> str:
-    return f"{number:+.3g}".replace("-", "−")
+    return f"{signed(row['change'])}{unit} {certainty}, {abs(row['percent']):.2g} % of {row['mae_intact']:.4g}{unit}"
 
 
 # Write.
@@ -384,7 +384,9 @@ def render_table(explanation: Explanation) -> Table:
 def _changes(knockouts: pd.DataFrame) -> str:
     """One line on what every knock-out of all blocks does to the whole image."""
     rows = knockouts[(knockouts["site"] == "all") & (knockouts["region"] == "image")].to_dict("records")
-    intervals = [f" ({_signed(r['low'])} to {_signed(r['high'])})" if pd.notna(r["low"]) else "" for r in rows]
-    changes = [f"{r['knockout']} {_signed(r['change'])}{of_r}" for r, of_r in zip(rows, intervals, strict=True)]
+    intervals = [f" ({signed(r['low'])} to {signed(r['high'])})" if pd.notna(r["low"]) else "" for r in rows]
+    changes = [
+        f"{knockout_words(r['knockout'])} {signed(r['change'])}{of_r}" for r, of_r in zip(rows, intervals, strict=True)
+    ]
     unit = f" [{rows[0]['unit']}]" if rows[0]["unit"] else ""
     return f"Change of MAE{unit} (95 % CI): {'; '.join(changes)}."

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 from seresvit.evaluation.figures import COLOURS, MARKERS, STYLE, literal
 from seresvit.evaluation.gates import BRANCHES, block_title, blocks_of, on_pixels, tissues_of
+from seresvit.evaluation.knockouts import knockout_words
+from seresvit.evaluation.statistics import signed
 
 BRANCH_NAMES = {"transformer": "transformer", "cnn": "CNN", "both": "both branches"}
 MAX_BARS = 24
@@ -39,7 +41,7 @@ def draw_shares(images: pd.DataFrame, correlations: list[dict[str, Any]], path: 
                     axis.scatter(points[column], shares, s=14, alpha=0.65, label=label, **look)
                     axis.collections[-1].set_linewidth(0)
                 known = rho.get((block, branch, column))
-                shown = "" if known is None else f"   ρ = {known:+.2f}"
+                shown = "" if known is None else f"   ρ = {signed(known, 2)}"
                 axis.set_title(f"{block_title(block)}, {BRANCH_NAMES[branch]}{shown}", loc="left")
                 axis.ticklabel_format(axis="y", useOffset=False)
                 axis.locator_params(nbins=5)
@@ -87,7 +89,7 @@ def draw_knockouts(table: pd.DataFrame, path: Path) -> None:
             known = f": {intact.dropna().iloc[0]:.4g} {unit} intact" if intact.notna().any() else ""
             axis.set_title(f"MAE, {where}{known}", loc="left")
             axis.set_xlabel("change of MAE [%]")
-        axes[0].set_yticks(np.arange(len(names)), [name.replace("cnn", "CNN") for name in names])
+        axes[0].set_yticks(np.arange(len(names)), [knockout_words(name) for name in names])
         axes[0].invert_yaxis()
         _save(figure, path)
 

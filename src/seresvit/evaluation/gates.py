@@ -14,7 +14,8 @@ from scipy.stats import spearmanr
 from seresvit.data.pair import Pair, load_sources, matched_slices
 from seresvit.data.pairing import Case
 from seresvit.data.volume import energy_kev_in
-from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU
+from seresvit.evaluation.statistics import signed
+from seresvit.evaluation.tissues import BODY_ABOVE_HU, TISSUES_HU, WHOLE_BODY, label_regions
 from seresvit.model.fusion import record_gates
 from seresvit.synthesis.predictor import Predictor
 
@@ -26,8 +27,6 @@ MARGIN = 0.05
 HIGHEST_GATE = {"gct": 2.0}  # all others end in a sigmoid or a softmax
 # Both encoding stages halve the image before the blocks.
 PIXELS_A_POSITION = 4
-# All that is inside the body; label images may have a label called "body" for what is none of their tissues.
-WHOLE_BODY = "whole_body"
 # A slice that hardly meets the body is no example of a tissue.
 MIN_BODY_SHARE = 0.05
 # A gate is called nearly constant when its channels move between images by less than this part of what they differ by,
@@ -77,7 +76,8 @@ def regions_of(pair: Pair, by_labels: bool) -> dict[str, np.ndarray]:
     or what is above BODY_ABOVE_HU.
     """
     if by_labels and pair.labels is not None:
-        return {WHOLE_BODY: pair.labels > 0} | {name: pair.labels == value for name, value in pair.label_names.items()}
+        named = label_regions(pair.label_names)
+        return {WHOLE_BODY: pair.labels > 0} | {name: pair.labels == value for name, value in named.items()}
     if pair.target.unit != "HU":
         return {} if pair.labels is None else {WHOLE_BODY: pair.labels > 0}
     values = pair.target.array
@@ -223,6 +223,7 @@ def movement(block: str, gate_NC: np.ndarray, highest: float = 1.0) -> dict[str,
         share = of_image[f"{block}_{branch}"]
         spread = {"mean": share.mean(), "std": share.std(ddof=0), "min": share.min(), "max": share.max()}
         moved[branch] = {name: float(value) for name, value in spread.items()}
+    in_image = {name: of_image[f"{block}_{name}"] for name in ("std", "dead", "saturated")}
     over_images = float(np.sqrt(gate_NC.var(axis=0, dtype=np.float64).mean()))
     over_channels = float(gate_NC.mean(axis=0, dtype=np.float64).std())
     constant = len(gate_NC) > 1 and over_images < max(NEARLY_CONSTANT * over_channels, THOUSANDTH)
@@ -237,6 +238,10 @@ def movement(block: str, gate_NC: np.ndarray, highest: float = 1.0) -> dict[str,
     return moved | {
         "dead": dead,
         "saturated": saturated,
+        "in_image": {
+            name: {end: float(getattr(values, end)()) for end in ("mean", "min", "max")}
+            for name, values in in_image.items()
+        },
         "std_over_images": over_images,
         "std_over_channels": over_channels,
         "nearly_constant": constant,
@@ -317,14 +322,10 @@ def finding(images: pd.DataFrame, examples: list[dict[str, Any]]) -> str:
     size = f", {100 * abs(difference) / soft[block][branch]:.2f} % of it"
     size += f" and {abs(difference) / spread:.1f} standard deviations of all {len(images)} images" if spread else ""
     others = "; ".join(
-        f"{name[k]} {block_title(b)} {_signed(differences[b, k])}" for b, k in places if (b, k) != (block, branch)
+        f"{name[k]} {block_title(b)} {signed(differences[b, k], 4)}" for b, k in places if (b, k) != (block, branch)
     )
     return (
         f"The two images differ most in the {name[branch]} share of {block_title(block)}, which is "
         f"{bone[block][branch]:.4f} with most bone against {soft[block][branch]:.4f} with most soft tissue "
-        f"({_signed(difference)}{size}); the other differences are {others}."
+        f"({signed(difference, 4)}{size}); the other differences are {others}."
     )
-
-
-def _signed(number: float) -> str:
-    return f"{number:+.4f}".replace("-", "−") if abs(number) >= 5e-5 else "0.0000"

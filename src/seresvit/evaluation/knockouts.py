@@ -19,7 +19,8 @@ from torch import nn
 from seresvit.data.intensity import intensity_of
 from seresvit.data.pair import Pair
 from seresvit.evaluation.gates import BRANCHES
-from seresvit.evaluation.statistics import holm, paired_difference, sentence
+from seresvit.evaluation.statistics import Difference, holm, paired_difference, sentence
+from seresvit.evaluation.tissues import IMAGE
 from seresvit.model.fusion import altered_gates, record_gates
 from seresvit.model.generator import Generator
 from seresvit.synthesis.predictor import Predictor
@@ -82,7 +83,7 @@ def draw_sample(
     values = target.array
     if target.unit == "arbitrary":
         values = rule.restore(intensity_of(target, predictor.data.intensity.target, predictor.data).normalise(values))
-    inside = {"image": np.ones(target.array.shape, bool)} | regions
+    inside = {IMAGE: np.ones(target.array.shape, bool)} | regions
     return Sample(
         pair.case.patient,
         pair.case.source,
@@ -205,7 +206,7 @@ def _sizes(sample: Sample, z: int) -> dict[str, int]:
 
 def rank_tissue(regions: Iterable[str]) -> str:
     """The region by which channels are ranked: bone where it is known, else the whole image."""
-    return "bone" if "bone" in regions else "image"
+    return "bone" if "bone" in regions else IMAGE
 
 
 def top_channels(changes: pd.DataFrame, tissue: str, without_patient: str) -> dict[str, list[int]]:
@@ -361,6 +362,20 @@ def _donor_gates(
 # Tables: changes by patient, with their intervals.
 
 
+def question_of(knockout: str) -> str:
+    """What a knock-out asks about: "gates", "maps", "halves" or "channels". p is adjusted among those that ask the
+    same: over all of them nothing could be shown with few patients, however large it is."""
+    first, _, last = knockout.partition(" ")
+    if first in BRANCHES and last == "shut":
+        return "halves"
+    return first if first in ("gates", "maps") else "channels"
+
+
+def knockout_words(knockout: str) -> str:
+    """The name of a knock-out as people write it."""
+    return knockout.replace("cnn", "CNN")
+
+
 def _differences(errors: pd.DataFrame, unit: str, num_slices: int) -> tuple[pd.DataFrame, list[str]]:
     """The table of knockouts.csv, and a sentence for the whole image of each knock-out at all blocks."""
     sums = errors.groupby(["knockout", "site", "region", "patient"], sort=False)[["sum", "pixels"]].sum()
@@ -369,16 +384,21 @@ def _differences(errors: pd.DataFrame, unit: str, num_slices: int) -> tuple[pd.D
     for region in mae.index.get_level_values("region").unique():
         intact = mae.loc["intact", ALL, region]
         of_region = mae.xs(region, level="region").drop(index="intact", level="knockout")
-        found = holm({key: paired_difference(of_region.loc[key], intact) for key in of_region.index})
-        for (name, site), difference in found.items():
+        differences = {key: paired_difference(of_region.loc[key], intact) for key in of_region.index}
+        families: dict[str, dict[Any, Difference]] = {question_of(name): {} for name, _ in differences}
+        for key, difference in differences.items():
+            families[question_of(key[0])][key] = difference
+        adjusted = {key: one for family in families.values() for key, one in holm(family).items()}
+        for name, site in differences:
+            difference = adjusted[name, site]
             numbers = asdict(difference)
             identity = {"knockout": name, "site": site, "region": region, "unit": unit, "slices": num_slices}
             maes = {"mae_intact": intact.mean(), "mae": of_region.loc[name, site].mean()}
             change = {"change": numbers.pop("mean")}
             percent = {"percent": 100 * change["change"] / maes["mae_intact"] if maes["mae_intact"] else np.nan}
             rows.append(identity | maes | change | numbers | percent)
-            if region == "image" and site == ALL:
-                sentences.append(sentence(name, "the intact network", "MAE", unit, difference))
+            if region == IMAGE and site == ALL:
+                sentences.append(sentence(knockout_words(name), "the intact network", "MAE", unit, difference))
     table = pd.DataFrame(rows)
     may_be_none = ["low", "high", "p", "p_adjusted", "effect_size"]
     return table.astype(dict.fromkeys(may_be_none, np.float64)), sentences
@@ -390,7 +410,7 @@ def _channel_summary(changes: pd.DataFrame) -> pd.DataFrame:
     mean = changes.groupby(["block", "channel", "region"], sort=False)["change"].mean().unstack("region", sort=False)
     table = pd.DataFrame(index=mean.index)
     for region in mean.columns:
-        suffix = "" if region == "image" else f"_{region}"
+        suffix = "" if region == IMAGE else f"_{region}"
         table[f"mae_change{suffix}"] = mean[region]
         table[f"rank{suffix}"] = mean[region].rank(ascending=False, method="first").astype("Int64")
     table = table.reset_index()

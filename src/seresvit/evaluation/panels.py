@@ -1,13 +1,13 @@
-"""The images of a report: source, synthetic, target and error of chosen slices, all under one window and one scale."""
+"""The images of a report: source, synthetic, target, error and gate map of chosen slices, each under one scale."""
 
 import io
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib import colormaps
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.image import imsave
@@ -17,14 +17,18 @@ from seresvit.data.pair import matched_slices
 from seresvit.data.pairing import read_manifest
 from seresvit.data.volume import DataError, Unit, Volume, same_grid
 from seresvit.evaluation.evaluate import Prediction, load_prediction, prediction_of
+from seresvit.evaluation.gate_maps import BALANCE, GateMap
+from seresvit.evaluation.gates import block_title
 from seresvit.evaluation.metrics import in_protocol_values
 from seresvit.evaluation.page import data_url, read_json
-from seresvit.evaluation.tables import METHODS
 from seresvit.evaluation.tissues import BODY_ABOVE_HU
 
-MAX_CASES = 4
 # Blue, white, red: no error is as white as the page.
 ERROR_COLOURS = LinearSegmentedColormap.from_list("error", ["#0b3c7d", "#5b9bd1", "#ffffff", "#e2775b", "#8f1023"])
+
+# Of a gate map: told apart by the colour-blind, and light where it is high. What is not known is grey.
+MAP_COLOURS = colormaps["cividis"].with_extremes(bad="#c8cdd2")
+MAP_SPAN = 0.1
 
 # Grey levels as a radiologist would set them: soft tissue, or wider where iodine would saturate it.
 WINDOWS = {"HU": (-160.0, 240.0), "arbitrary": (0.0, 1.0), "uint8": (0.0, 255.0)}
@@ -51,7 +55,7 @@ class CaseImages:
 
 @dataclass(frozen=True)
 class Images:
-    """One slice of a case, every array (Y, X)."""
+    """One slice of a case, every array (Y, X); `maps`: what `gate_maps` shows of it, by title."""
 
     source: np.ndarray
     target: np.ndarray
@@ -60,6 +64,7 @@ class Images:
     unit: Unit
     pixel_aspect: float  # row distance over column distance
     supine_axial: bool
+    maps: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def read_predictions(folder: Path | None, manifest: Path | None) -> tuple[list[Prediction], list[str]]:
@@ -76,71 +81,81 @@ def read_predictions(folder: Path | None, manifest: Path | None) -> tuple[list[P
     return [prediction_of(path, record, known) for path, record in records.items()], missing
 
 
-# Cases from the best to the worst, of each the slice with median error and the one with the largest.
+# Slices of the chosen cases, and how they are shown.
 
 
-def ranked_cases(cases: pd.DataFrame) -> pd.Series:
-    """MAE of the network by patient and source, ascending: of the test split where there is one."""
-    return _of_network(cases).set_index(["patient", "source"])["mae"].sort_values(kind="stable")
+def load_slices(
+    chosen: list[dict[str, Any]], found: list[Prediction], maps: Iterable[GateMap] = ()
+) -> list[tuple[dict[str, Any], Images]]:
+    """Each line of `slices` of the chosen cases with its images, where the predictions have that slice.
 
-
-def _of_network(slices: pd.DataFrame) -> pd.DataFrame:
-    of_network = slices[slices["method"] == METHODS[0]].dropna(subset=["mae"])  # an empty mask has no error
-    tested = of_network[of_network["split"] == "test"]
-    return of_network if tested.empty else tested
-
-
-def chosen_cases(cases: pd.DataFrame, slices: pd.DataFrame) -> list[dict[str, Any]]:
-    """Up to MAX_CASES cases, evenly spread over their ranks by MAE, with the two slices of each."""
-    of_network, ranked = _of_network(slices), ranked_cases(cases)
-    chosen: list[dict[str, Any]] = []
-    for place in sorted(set(np.linspace(0, len(ranked) - 1, MAX_CASES).round().astype(int).tolist())):
-        patient, source = ranked.index[place]
-        of_case = of_network[(of_network["patient"] == patient) & (of_network["source"] == source)].sort_values("mae")
-        picks = {"median error": of_case.iloc[(len(of_case) - 1) // 2], "largest error": of_case.iloc[-1]}
-        if len(of_case) == 1:
-            picks.pop("median error")
-        rows = [
-            {"why": why, "slice": int(r["slice"]), "position_mm": r["position_mm"], "mae": r["mae"]}
-            for why, r in picks.items()
-        ]
-        case = {"patient": patient, "source": source, "slices": rows}
-        chosen.append(case | {"rank": place + 1, "of": len(ranked), "mae": float(ranked.iloc[place])})
-    return chosen
-
-
-def load_slices(chosen: list[dict[str, Any]], found: list[Prediction]) -> list[tuple[dict[str, Any], Images]]:
-    """Each line of `slices` of the chosen cases with its images, where the predictions have that slice."""
+    `maps` lie with the images of their slice, unless their size says that they are of others.
+    """
     shown: list[tuple[dict[str, Any], Images]] = []
     for case in chosen:
         for prediction in found:
             if prediction.cases and (case["patient"], case["source"]) == prediction.of:
                 images = load_case(prediction)
                 known = range(len(images.target)) if images.predicted is None else images.predicted
-                shown += [(line, _slice(images, line["slice"])) for line in case["slices"] if line["slice"] in known]
+                for line in (line for line in case["slices"] if line["slice"] in known):
+                    of_slice = (case["patient"], case["source"], line["slice"])
+                    its = [one for one in maps if (one.patient, one.source, one.slice) == of_slice]
+                    shape = images.target.shape[1:]
+                    fitting = {map_title(one): one.array for one in its if one.array.shape == shape}
+                    shown.append((line, replace(_slice(images, line["slice"]), maps=fitting)))
     return shown
 
 
+def map_title(one: GateMap) -> str:
+    """What stands below the picture, such as "balance, ART 1"."""
+    return f"{one.shows}, {block_title(one.block)}"
+
+
 def panels(chosen: list[dict[str, Any]], shown: list[tuple[dict[str, Any], Images]]) -> dict[str, Any] | None:
-    """The chosen cases, every line of theirs with its images as data URLs, all under one window and one error scale;
-    and these. None without any image."""
+    """The chosen cases, every line of theirs with its images as data URLs, all under one window, one error scale, and
+    one scale a gate map; and these. None without any image."""
     if not shown:
         return None
     every = [images for _, images in shown]
     window = window_of(every)
     errors = np.concatenate([np.abs(images.synthetic - images.target).ravel() for images in every])
     limit = _round_up(float(np.percentile(errors, 99)))
+    ranges = map_ranges(every)
     for line, images in shown:
-        line["images"] = _encoded(images, window, limit)
+        line["images"] = _encoded(images, window, limit, ranges)
+    ramp = np.linspace(0, 1, 256)[None]
     return {
         "cases": chosen,
         "window": window,
         "unit": "HU" if every[0].unit == "HU" else "",
         "grey": grey_words(every[0], window),
         "limit": f"{limit:g}",
-        "error_bar": _png(np.linspace(-1, 1, 256)[None], -1, 1, ERROR_COLOURS),
+        "error_bar": _png(ramp, 0, 1, ERROR_COLOURS),
+        "maps": [{"title": title, "low": low, "high": high} for title, (low, high) in ranges.items()],
+        "map_bar": _png(ramp, 0, 1, MAP_COLOURS),
+        "balances": any(title.startswith(BALANCE) for title in ranges),
+        "lack_maps": bool(ranges) and any(not images.maps for images in every),
         "supine_axial": all(images.supine_axial for images in every),
     }
+
+
+def map_ranges(every: list[Images]) -> dict[str, tuple[float, float]]:
+    """For each title of a map the lowest and the highest value in all slices, at least MAP_SPAN apart, so that what is
+    nearly the same everywhere looks so."""
+    values: dict[str, list[np.ndarray]] = {}
+    for images in every:
+        for title, map_YX in images.maps.items():
+            values.setdefault(title, []).append(map_YX[np.isfinite(map_YX)])
+    ranges = {}
+    for title, arrays in values.items():
+        known = np.concatenate(arrays)
+        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+        wider = max(0.0, MAP_SPAN - (high - low)) / 2
+        low, high = low - wider, high + wider
+        # No scale shows a balance beyond 0 or 1.
+        shift = max(0.0, -low) - max(0.0, high - 1) if title.startswith(BALANCE) else 0.0
+        ranges[title] = (low + shift, high + shift)
+    return ranges
 
 
 def voxels(every: list[Images]) -> tuple[np.ndarray, np.ndarray]:
@@ -198,8 +213,10 @@ def grey_words(images: Images, window: tuple[float, float]) -> str:
     return words(images.unit, *window) + of_source
 
 
-def _encoded(images: Images, window: tuple[float, float], limit: float) -> list[dict[str, Any]]:
-    """Source, synthetic, target and error as {name, url, width, height}; width to height as they are in millimetres."""
+def _encoded(
+    images: Images, window: tuple[float, float], limit: float, ranges: dict[str, tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """Source, synthetic, target, error and maps as {name, url, width, height}; width to height as in millimetres."""
     source_window = window if images.source_unit == images.unit else WINDOWS[images.source_unit]
     rows, columns = images.target.shape
     urls = {
@@ -208,6 +225,7 @@ def _encoded(images: Images, window: tuple[float, float], limit: float) -> list[
         "target": _png(images.target, *window),
         "error": _png(images.synthetic - images.target, -limit, limit, ERROR_COLOURS),
     }
+    urls |= {title: _png(map_YX, *ranges[title], MAP_COLOURS) for title, map_YX in images.maps.items()}
     height = f"{rows * images.pixel_aspect:g}"
     return [{"name": name, "url": url, "width": columns, "height": height} for name, url in urls.items()]
 

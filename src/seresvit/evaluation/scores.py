@@ -7,6 +7,7 @@ import pandas as pd
 
 from seresvit.evaluation.metrics import HIGHER_IS_BETTER, main_metrics
 from seresvit.evaluation.regions import UNNAMED
+from seresvit.evaluation.statistics import MINUS, signed
 from seresvit.evaluation.tables import METHODS, digits_of, shown_name, unit_of
 
 # Beside the protocol's own metrics, in the first table.
@@ -42,7 +43,8 @@ def _score_table(summary: pd.DataFrame, protocol: str) -> dict[str, Any]:
             for row in rows.to_dict("records")
         ]
         counts = {name: int(rows[name].iloc[0]) for name in ("patients", "cases", "slices")}
-        missing = {name: int(rows[name].iloc[0]) if name in rows else 0 for name in ("missing_cases", "missing_slices")}
+        lacks = ("missing_cases", "missing_slices", "unmatched_slices")
+        missing = {name: int(rows[name].iloc[0]) if name in rows else 0 for name in lacks}
         groups.append({"split": split, "source": _source_words(source), "rows": lines} | counts | missing)
     columns = [
         {"title": shown_name(m), "unit": unit_of(m, protocol), "better": "↑" if m in HIGHER_IS_BETTER else "↓"}
@@ -76,7 +78,7 @@ def _region_table(summary: pd.DataFrame, protocol: str) -> dict[str, Any] | None
         cells = [(_number(mean, "mae", protocol), mean == best) for mean in means]
         for row in network:
             limits = [_number(row.get(f"loa_{end}_{region}_mean"), f"loa_{end}_", protocol) for end in ("low", "high")]
-            cells.append((_number(row.get(f"bias_{region}_mean"), "bias_", protocol, signed=True), False))
+            cells.append((_number(row.get(f"bias_{region}_mean"), "bias_", protocol, with_sign=True), False))
             cells.append((" to ".join(limits), False))
             cells.append((_number(row.get(f"dice_{region}_mean"), "dice_", protocol), False))
         n = rows.get(f"mae_{region}_n", rows["cases"]).max()
@@ -104,17 +106,17 @@ def _differences(statistics: pd.DataFrame, protocol: str) -> list[dict[str, Any]
     lines = []
     for row in tested(statistics).to_dict("records"):
         metric = row["metric"]
-        ends = [_number(row[end], metric, protocol, signed=True) for end in ("low", "high")]
+        ends = [_number(row[end], metric, protocol, with_sign=True) for end in ("low", "high")]
         lines.append(
             {
                 "metric": shown_name(metric),
                 "unit": unit_of(metric, protocol),
                 "second": row["second"],
-                "mean": _number(row["mean"], metric, protocol, signed=True),
+                "mean": _number(row["mean"], metric, protocol, with_sign=True),
                 "interval": f"{ends[0]} to {ends[1]}" if ends[0] != "–" else "–",
                 "n": int(row["n"]),
                 "p": p_words(row["p_adjusted"]),
-                "effect_size": _number(row["effect_size"], "", protocol, signed=True),
+                "effect_size": _number(row["effect_size"], "", protocol, with_sign=True),
                 "why": next((row[k] for k in ("why_no_interval", "why_no_p") if isinstance(row.get(k), str)), ""),
             }
         )
@@ -172,12 +174,10 @@ def _cell(row: dict[Any, Any], metric: str, protocol: str) -> str:
     return text + ("" if math.isnan(std) else f" ± {std:.{digits_of(metric, protocol)}f}") + number
 
 
-def _number(value: float | None, metric: str, protocol: str, signed: bool = False) -> str:
+def _number(value: float | None, metric: str, protocol: str, with_sign: bool = False) -> str:
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
         return "∞"
     digits = digits_of(metric, protocol)
-    # What rounds to zero has no sign.
-    sign = "+" if signed and round(value, digits) else ""
-    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
+    return signed(value, digits) if with_sign else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", MINUS)

@@ -23,6 +23,8 @@ MIN_PATIENTS_P = 6
 # With three, the smallest of all resampled means has a probability of 1/27, more than the 2.5 % beyond a limit.
 MIN_PATIENTS_INTERVAL = 4
 
+MINUS = "−"
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -185,7 +187,20 @@ def _numbers(mean: float, low: float | None, high: float | None, unit: str) -> l
     decimals = max(0, 1 - math.floor(math.log10(scale)))
     while decimals < 6 and any(limit and round(limit, decimals) == 0 for limit in limits):
         decimals += 1  # a limit that is not zero is not written as zero
-    return [f"{mean:.{decimals}f} {unit}".rstrip(), *(f"{limit:.{decimals}f}" for limit in limits)]
+    numbers = [f"{number:.{decimals}f}".replace("-", MINUS) for number in (mean, *limits)]
+    return [f"{numbers[0]} {unit}".rstrip(), *numbers[1:]]
+
+
+def signed(number: float | None, decimals: int | None = None) -> str:
+    """The number with its sign, "–" for none: to three digits, or with so many decimals; what rounds to zero has no
+    sign."""
+    if number is None or math.isnan(number):
+        return "–"
+    if decimals is None:
+        rounded = f"{number:+,.0f}" if abs(number) >= 1000 else f"{number:+.3g}" if number else "0"
+    else:
+        rounded = f"{number:+.{decimals}f}" if round(number, decimals) else f"{0:.{decimals}f}"
+    return rounded.replace("-", MINUS)
 
 
 def _turned(difference: Difference) -> tuple[float, float | None, float | None]:

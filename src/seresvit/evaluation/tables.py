@@ -25,7 +25,7 @@ from seresvit.evaluation.statistics import Difference, holm, paired_difference, 
 
 METHODS = ("synthetic", "source unchanged", LINEAR, TWO_ENERGY, CURVE)
 IDENTITY = ("patient", "source", "split", "method")
-COUNTS = ("slices", "missing_slices")
+COUNTS = ("slices", "missing_slices", "unmatched_slices")
 SHARES = ("ssim", "ms_ssim", "nmse")
 RATIOS = ("edge_sharpness", "noise_ratio", "noise_low", "noise_mid", "noise_high")
 OF_VALUES = ("bias_", "loa_", "target_")
@@ -37,9 +37,10 @@ class Evaluation:
     """All tables under one protocol.
 
     `slices`: one row a slice and method; `cases`: one row a case and method; `patients`: one row a patient and method,
-    with the mean over the patient's cases; `summary`: one row a split, source (and "all") and method, with mean,
-    standard deviation and number over its cases; `statistics`: one row a split, metric and comparison; `notes`: lines
-    on what was left out and why; `missing`: lines on what should have been predicted and was not.
+    the rival of `against` too, with the mean over the patient's cases; `summary`: one row a split, source (and "all")
+    and method, with mean, standard deviation and number over its cases; `statistics`: one row a split, metric and
+    comparison; `notes`: lines on what was left out and why; `missing`: lines on what should have been there and was
+    not; `unmatched`: every slice that not all images of its case have.
     """
 
     protocol: str
@@ -50,6 +51,7 @@ class Evaluation:
     statistics: pd.DataFrame
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
 
 def metrics_in(table: pd.DataFrame) -> list[str]:
@@ -80,8 +82,8 @@ def summarise(cases: pd.DataFrame, protocol: str, missing_cases: Mapping[tuple[s
                     continue
                 row: dict[str, Any] = {"protocol": protocol, "split": split, "source": source, "method": method}
                 row |= {"patients": of_method["patient"].nunique(), "cases": len(of_method)}
-                row["slices"] = int(of_method["slices"].sum())
-                row |= {"missing_cases": lacking, "missing_slices": int(of_method["missing_slices"].sum())}
+                slices, *without = (int(of_method[name].sum()) for name in COUNTS)
+                row |= {"slices": slices, "missing_cases": lacking} | dict(zip(COUNTS[1:], without, strict=True))
                 for name in metrics_in(cases):
                     # A patient may lack a tissue; a metric of the protocol that could not be had must show.
                     values = of_method[name] if name in main else of_method[name].dropna()
@@ -102,7 +104,7 @@ def statistics_of(cases: pd.DataFrame, protocol: str, against: pd.DataFrame | No
     for split, of_split in cases.groupby("split", sort=False):
         others = {method: of_split[of_split["method"] == method] for method in METHODS[1:]}
         if against is not None:
-            others[name] = against[(against["split"] == split) & (against["method"] == METHODS[0])]
+            others[name] = rival_cases(against[against["split"] == split], name)
         ours = of_split[of_split["method"] == METHODS[0]].set_index(["patient", "source"])
         for metric in main_metrics(protocol):
             differences = {}
@@ -156,6 +158,11 @@ def read_cases(folder: Path, cases: pd.DataFrame, protocol: str) -> pd.DataFrame
     return other
 
 
+def rival_cases(other: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The synthetic images of another evaluation's cases, as the cases of a method called `name`."""
+    return other[other["method"] == METHODS[0]].assign(method=name)
+
+
 # Write.
 
 
@@ -166,7 +173,7 @@ def write(evaluation: Evaluation, out: Path) -> None:
         with written_whole(out / f"{name}.csv") as path:
             table.to_csv(path, index=False)
     record: dict[str, Any] = {"protocol": evaluation.protocol, "notes": evaluation.notes, "missing": evaluation.missing}
-    record |= {"headline": headline(evaluation)}
+    record |= {"unmatched": evaluation.unmatched, "headline": headline(evaluation)}
     shown = tables | {"slices": _detail(evaluation)}
     record |= {name: [_as_json(row) for row in table.to_dict("records")] for name, table in shown.items()}
     with written_whole(out / "evaluation.json") as path:
@@ -197,6 +204,9 @@ def _write_workbook(evaluation: Evaluation, out: Path) -> None:
             table.to_excel(workbook, sheet_name=sheet_name, index=False, freeze_panes=(1, 0))
             sheet = workbook.sheets[sheet_name]
             for column, cells in zip(table.columns, sheet.columns, strict=True):
+                for cell in cells:
+                    if cell.data_type == "f":  # a name that begins with "=" is no formula
+                        cell.data_type, cell.quotePrefix = "s", True
                 cells[0].font = Font(bold=True)
                 for cell in cells[1:]:
                     if isinstance(cell.value, float):

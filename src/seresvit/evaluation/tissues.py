@@ -1,4 +1,4 @@
-"""What counts as which tissue: one definition in HU for every table."""
+"""What counts as which tissue: one definition in HU, and one name of each region, for every table."""
 
 import numpy as np
 
@@ -12,6 +12,9 @@ TISSUES_HU = {
     "contrast": (100.0, 250.0),
     "bone": (250.0, np.inf),
 }
+# Regions that are no tissue: all pixels, and all that is inside the body. A label may be called "body" for what is none
+# of the tissues.
+IMAGE, WHOLE_BODY = "image", "whole_body"
 
 
 def tissue_map(array_hu: np.ndarray) -> np.ndarray:
@@ -20,3 +23,21 @@ def tissue_map(array_hu: np.ndarray) -> np.ndarray:
     for place, (low, high) in enumerate(TISSUES_HU.values(), start=1):
         tissues[(array_hu > low) & (array_hu <= high)] = place
     return tissues
+
+
+def label_regions(names: dict[str, int]) -> dict[str, int]:
+    """Labels by the names of their regions: their own, behind "label_" where that is a region's of ours.
+
+    Ours are `image`, `whole_body`, and `hu_` with whatever follows.
+    """
+    regions: dict[str, int] = {}
+    for name, value in names.items():
+        region = f"label_{name}" if _is_ours(name) else name
+        while region != name and region in names:
+            region = f"label_{region}"
+        regions[region] = value
+    return regions
+
+
+def _is_ours(name: str) -> bool:
+    return name in (IMAGE, WHOLE_BODY) or name.startswith("hu_")
