@@ -50,7 +50,9 @@ ROOMS = [
     ),
     *("evaluation.trials", "evaluation.cost", "evaluation.compare", "evaluation.page", "evaluation.scores"),
     *("evaluation.charts", "evaluation.panels", "evaluation.viewer", "evaluation.provenance", "evaluation.report"),
-    *("serving", "terminal", "cli", "__main__"),
+    *("serving", "serving.jobs", "serving.uploads", "serving.views", "serving.worker", "serving.delivery"),
+    *("serving.node", "serving.api", "serving.serve"),
+    *("terminal", "cli", "__main__"),
 ]
 
 # Spellings that scripts may rely on, and values that the command must see.
