@@ -14,13 +14,6 @@ from seresvit.config import ConfigError
 from seresvit.serving.jobs import MOST_ATTEMPTS, Cancelled, Jobs, QueueFull
 
 
-@pytest.fixture
-def jobs(tmp_path):
-    opened = Jobs(tmp_path / "served", most_waiting=3)
-    yield opened
-    opened.close()
-
-
 def image(path):
     (path / "0001.dcm").write_bytes(b"pixels")
 
