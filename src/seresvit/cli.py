@@ -383,13 +383,15 @@ def compare(
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="latest_net_G.pth or model.safetensors")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="model.safetensors, model.onnx, model.xml or net.pth")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="model.safetensors, .onnx, .xml, net.pth, or a BUNDLE/")],
     overrides: Overrides = None,
     int8: Annotated[
         Path | None, typer.Option("--int8", metavar="IMAGES", help="ONNX, OpenVINO: 8 bits, set by these images")
     ] = None,
 ) -> None:
-    """Turn a published .pth into our checkpoint, or back; or our checkpoint into ONNX or OpenVINO.
+    """Turn a published .pth into our checkpoint, or back; or our checkpoint into ONNX, OpenVINO or a MONAI bundle.
+
+    A name without a suffix is that of a bundle, a new folder.
 
     A .pth says nothing of its intensity rule: state it, as in --set data.window_hu=[-1024,3071].
     """
@@ -408,6 +410,10 @@ def convert(
         from seresvit.synthesis.export import export
 
         export(source, out)
+    elif source.suffix == ".safetensors" and not out.suffix:
+        from seresvit.synthesis.bundle import write_bundle
+
+        write_bundle(source, out)
     else:
         checkpoint.convert(source, out, settings.data)
     say(f"{source} → {out}")
