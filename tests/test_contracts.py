@@ -51,8 +51,9 @@ ROOMS = [
     ),
     *("evaluation.trials", "evaluation.cost", "evaluation.compare", "evaluation.page", "evaluation.scores"),
     *("evaluation.charts", "evaluation.panels", "evaluation.viewer", "evaluation.provenance", "evaluation.report"),
-    *("serving", "serving.jobs", "serving.uploads", "serving.views", "serving.worker", "serving.delivery"),
-    *("serving.node", "serving.api", "serving.serve"),
+    *("serving", "serving.jobs", "serving.uploads", "serving.views", "serving.worker"),
+    *("serving.results", "serving.peers", "serving.commitment", "serving.stow", "serving.delivery", "serving.spool"),
+    *("serving.node", "serving.guard", "serving.api", "serving.serve"),
     *("terminal", "cli", "__main__"),
 ]
 
@@ -74,6 +75,14 @@ FIXED_SPELLINGS = {
     "convert IN OUT": {"source": Path("IN"), "out": Path("OUT")},
     "predict CHECKPOINT INPUT OUT --flips --ensemble a": {"flips": True, "ensemble": [Path("a")]},
     "calibrate CHECKPOINT --manifest m.csv --split val --held-out test": {"checkpoint": Path("CHECKPOINT")},
+    "serve --checkpoint a --checkpoint b --port 1 --accept A@1.2.3.4": {
+        "checkpoint": [Path("a"), Path("b")],
+        "port": 1,
+    },
+    "serve --checkpoint a --dicom SERESVIT:11112 --send-to PACS@h:4242": {
+        "host": "127.0.0.1",
+        "send_to": ["PACS@h:4242"],
+    },
     "demo": {"out": Path("demo")},
 }
 

@@ -96,7 +96,7 @@ class Jobs:
             raise ConfigError(f"--folder {folder}: another server works in it; give each a folder of its own") from None
         except OSError as error:
             raise ConfigError(f"--folder {folder}: cannot be written ({error.strerror}); choose another") from None
-        pragmas = {"journal_mode": "wal", "synchronous": "full"}
+        pragmas = {"journal_mode": "wal", "synchronous": "full", "secure_delete": "on"}
         self.database = SqliteDatabase(str(self.folder / "jobs.sqlite"), pragmas=pragmas, timeout=30)
         self._row = _row_of(self.database)
         self.database.create_tables([self._row])
@@ -111,12 +111,16 @@ class Jobs:
         self._lock.release()
 
     def submit(
-        self, checkpoint: str, fill: Callable[[Path], object], origin: str = "rest", key: str | None = None
+        self,
+        checkpoint: str | Callable[[], str],
+        fill: Callable[[Path], object],
+        origin: str = "rest",
+        key: str | None = None,
     ) -> Job:
         """The job, queued, once `fill` has put its images into the folder that it is given, and they are on disk.
 
-        A `key` that a job has already gives that job. Raises QueueFull before `fill` is called, and whatever `fill`
-        raises; then nothing is left of it.
+        `checkpoint` may be what gives its name once the images are there. A `key` that a job has already gives that
+        job. Raises QueueFull before `fill` is called, and whatever `fill` raises; then nothing is left of it.
         """
         if key and (known := self._row.get_or_none(self._row.key == key)):
             return self._job(known)
@@ -127,9 +131,8 @@ class Jobs:
                 (folder / "source").mkdir(parents=True, mode=0o700)
                 fill(folder / "source")
                 _sync(folder)
-                row = self._row.create(
-                    job_id=job_id, key=key or None, origin=origin, checkpoint=checkpoint, created=_now()
-                )
+                name = checkpoint if isinstance(checkpoint, str) else checkpoint()
+                row = self._row.create(job_id=job_id, key=key or None, origin=origin, checkpoint=name, created=_now())
             except IntegrityError:  # the same key at the same time
                 shutil.rmtree(folder, ignore_errors=True)
                 return self._job(self._row.get(self._row.key == key))
