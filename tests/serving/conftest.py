@@ -1,13 +1,26 @@
 """What the tests of the serving room share: a tiny checkpoint, simulated patients, a queue."""
 
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pydicom
 import pytest
 import torch
+import trustme
 
 from seresvit.config import ModelSettings, VitSettings
 from seresvit.data import phantom
 from seresvit.model import checkpoint
 from seresvit.model.generator import Generator
 from seresvit.serving.jobs import Jobs
+
+DICOMWEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +55,82 @@ def jobs(tmp_path):
     opened = Jobs(tmp_path / "served", most_waiting=3)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def certificates(tmp_path):
+    """PEM files of `name`, signed by `authority`, for this machine: certificate, key, the authority's certificate."""
+    authorities = {}
+
+    def certificate(name, authority="authority"):
+        signing = authorities.setdefault(authority, trustme.CA())
+        own, key, of_authority = (tmp_path / file for file in (f"{name}.crt", f"{name}.key", f"{authority}.crt"))
+        if not own.exists():
+            made = signing.issue_cert("localhost", "127.0.0.1", common_name=name)
+            made.cert_chain_pems[0].write_to_path(own)
+            made.private_key_pem.write_to_path(key)
+            signing.cert_pem.write_to_path(of_authority)
+        return own, key, of_authority
+
+    return certificate
+
+
+class Orthanc:
+    """A real archive on this machine, with DICOM and DICOMweb; `start` after `stop` finds what was stored before."""
+
+    def __init__(self, folder):
+        self.folder, self.process = folder, None
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            other.bind(("127.0.0.1", 0))
+            self.http, self.dicom = one.getsockname()[1], other.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.http}"
+
+    def start(self, **settings):
+        self.folder.mkdir(exist_ok=True)
+        settings = {
+            **{"DicomAet": "ORTHANC", "HttpPort": self.http, "DicomPort": self.dicom, "DicomCheckCalledAet": True},
+            **{"RemoteAccessAllowed": False, "AuthenticationEnabled": False, "DicomAlwaysAllowStore": True},
+            **{"StorageDirectory": str(self.folder / "db"), "IndexDirectory": str(self.folder / "db")},
+            **{"Plugins": [str(DICOMWEB)], "OverwriteInstances": False, **settings},
+        }
+        (self.folder / "orthanc.json").write_text(json.dumps(settings))
+        with open(self.folder / "orthanc.log", "ab") as log:
+            self.process = subprocess.Popen(["Orthanc", str(self.folder / "orthanc.json")], stdout=log, stderr=log)
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                return self.get("system")
+            time.sleep(0.1)
+        raise AssertionError((self.folder / "orthanc.log").read_text())
+
+    def stop(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def get(self, path):
+        with urllib.request.urlopen(f"{self.address}/{path}", timeout=10) as answer:
+            return json.loads(answer.read())
+
+    def post(self, path, body):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        with urllib.request.urlopen(f"{self.address}/{path}", data=data, timeout=30) as answer:
+            return json.loads(answer.read())
+
+    def store(self, file):
+        return self.post("instances", Path(file).read_bytes())["ID"]
+
+    def qido(self, query):
+        """Datasets that DICOMweb finds."""
+        return [pydicom.Dataset.from_json(found) for found in self.get(f"dicom-web/{query}")]
+
+
+@pytest.fixture
+def orthanc(tmp_path):
+    """An archive that the test starts."""
+    if not (shutil.which("Orthanc") and DICOMWEB.is_file()):
+        pytest.skip("a DICOM server (Debian orthanc, orthanc-dicomweb) is not installed")
+    server = Orthanc(tmp_path / "orthanc")
+    yield server
+    server.stop()
