@@ -2,17 +2,21 @@
 
 import gzip
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+import torch
 from skimage.transform import downscale_local_mean
 
 from seresvit.data.nifti import FLIP_XY
 from seresvit.data.volume import Unit, Volume, written_whole
 from seresvit.evaluation.gates import BRANCHES, highest_gate, read_gates
 from seresvit.evaluation.viewer import WINDOWS_HU
+from seresvit.model.fusion import record_gates
 from seresvit.synthesis.predictor import Predictor
 
 VIEW = "view.json"
@@ -50,8 +54,8 @@ def write_views(
 
     `source.nii.gz` is the first of the sources, `synthetic.nii.gz` on the same grid, and `difference.nii.gz` synthetic
     minus source, where both have one unit that means something. Pixels are averaged where a side is longer than
-    MAX_SIDE or the image has more than MAX_VOXELS voxels; `averaged` says how many become one. `gates`, as `gates_of`
-    returns them, are read from the network where they are not given.
+    MAX_SIDE or the image has more than MAX_VOXELS voxels; `averaged` says how many become one. `gates` are those that
+    `hearing` heard; without them the network is asked again.
     """
     source = sources[0]
     factor = _averaged(synthetic.array.shape)
@@ -82,14 +86,46 @@ def write_views(
     return told
 
 
+@contextmanager
+def hearing(predictor: Predictor) -> Iterator[Callable[[int], dict[str, np.ndarray] | None]]:
+    """Within the block, or after it: a function that gives the gates of the last slices which the network predicted.
+
+    It gives None where something else than the network itself predicted them, such as another backend.
+    """
+    passes: list[dict[str, np.ndarray]] = []
+
+    def note(_module: object, inputs: tuple[torch.Tensor, ...], _output: object) -> None:
+        passes.append({name: _kept(name, value.float().cpu().numpy()) for name, value in gates.items()})
+        sizes.append(len(inputs[0]))
+
+    def last(num_slices: int) -> dict[str, np.ndarray] | None:
+        first = len(sizes)
+        while first and sum(sizes[first:]) < num_slices:
+            first -= 1
+        if predictor.names != ["torch"] or sum(sizes[first:]) != num_slices:
+            return None
+        return {name: np.concatenate([one[name] for one in passes[first:]]) for name in passes[-1]}
+
+    sizes: list[int] = []
+    with record_gates(predictor.net) as gates:
+        handle = predictor.net.register_forward_hook(note)
+        try:
+            yield last
+        finally:
+            handle.remove()
+
+
 def gates_of(predictor: Predictor, sources: tuple[Volume, ...]) -> dict[str, np.ndarray]:
-    """The gates and maps of every slice, as `evaluation.gates.read_gates` gives them; a pass through the network."""
+    """ "art_1" → gates (Z, 2C) and "art_1.map" → means of maps (Z, K) of every slice; a pass through the network."""
     batches: dict[str, list[np.ndarray]] = {}
     for batch_BCHW in predictor.batches(*predictor.as_trained(*sources)):
         for name, value in read_gates(predictor, batch_BCHW).items():
-            # Of a map only its mean is shown.
-            batches.setdefault(name, []).append(value.mean(axis=(2, 3)) if name.endswith(".map") else value)
+            batches.setdefault(name, []).append(_kept(name, value))
     return {name: np.concatenate(values) for name, values in batches.items()}
+
+
+def _kept(name: str, value: np.ndarray) -> np.ndarray:
+    return value.mean(axis=(2, 3)) if name.endswith(".map") else value
 
 
 def is_axial(volume: Volume) -> bool:

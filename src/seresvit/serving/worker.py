@@ -14,9 +14,10 @@ import torch
 
 from seresvit.data import read_volume
 from seresvit.data.volume import DataError
+from seresvit.model.familiarity import looked_at
 from seresvit.serving.jobs import Cancelled, Job, Jobs, State
 from seresvit.serving.uploads import as_given, image_in
-from seresvit.serving.views import write_views
+from seresvit.serving.views import hearing, write_views
 from seresvit.synthesis.predict import RECORD, Asked, predict_image
 from seresvit.synthesis.predictor import Predictor
 
@@ -110,22 +111,24 @@ class Worker:
         needed = 4 * shape[0] * shape[1] * shape[2]
         if needed > self.most_unpacked:
             raise DataError(f"{shape} voxels take {needed} bytes; this server takes {self.most_unpacked} at most")
-        # Every slice is predicted, and then looked at again for its gates.
-        done, total = 0, 2 * shape[0]
+        # Before it predicts, the network looks at a few slices for the doubts; these do not count.
+        total = shape[0]
+        seen = -len(looked_at(total)) if predictor.header.get("familiarity") else 0
 
         def watch(num_slices: int) -> None:
-            nonlocal done
+            nonlocal seen
             if stopping.is_set():
                 raise Stopping
             if time.monotonic() - started_s > self.most_s:
                 raise DataError(f"took longer than {self.most_s / 60:g} minutes, which is all a job gets here")
-            self.jobs.report(job.id, min(done, total), total)
-            done += num_slices
+            self.jobs.report(job.id, max(0, min(seen, total)), total)
+            seen += num_slices
 
         predictor.watch = watch
         try:
-            volume, synthetic = predict_image(predictor, source, job.result, Asked())
-            write_views(predictor, (volume,), synthetic, job.view)
+            with hearing(predictor) as heard:
+                volume, synthetic = predict_image(predictor, source, job.result, Asked())
+            write_views(predictor, (volume,), synthetic, job.view, heard(total))
         finally:
             predictor.watch = lambda num_slices: None
         self.jobs.report(job.id, total, total)
