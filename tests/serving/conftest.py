@@ -123,7 +123,12 @@ class Orthanc:
 
     def qido(self, query):
         """Datasets that DICOMweb finds."""
-        return [pydicom.Dataset.from_json(found) for found in self.get(f"dicom-web/{query}")]
+        found = self.get(f"dicom-web/{query}")
+        return [pydicom.Dataset.from_json(one, lambda *_: None) for one in found]
+
+    def metadata(self, path):
+        """Headers that DICOMweb gives."""
+        return self.qido(f"{path}/metadata")
 
 
 @pytest.fixture

@@ -332,29 +332,50 @@ def test_a_nearly_full_disk_refuses_with_out_of_resources(jobs, settings, series
         assert node.spool.refused == 1 and not list(node.spool.folder.iterdir())
 
 
+def sent_raw(sender, data, instance):
+    """The status with which these bytes are answered, as the data set of a CT image of that UID."""
+    request = C_STORE()
+    request.MessageID, request.Priority, request.DataSet = 7, 2, BytesIO(data)
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = CT, instance
+    sender._reactor_checkpoint.clear()
+    until(lambda: sender._is_paused)
+    sender.dimse.send_msg(request, sender.accepted_contexts[0].context_id)
+    _, response = sender.dimse.get_msg(block=True)
+    sender._reactor_checkpoint.set()
+    return response.Status
+
+
+def raw(path):
+    """The bytes of a data set without the header of its file, and its UID."""
+    whole = Path(path).read_bytes()
+    return whole[144 + int.from_bytes(whole[140:144], "little") :], str(pydicom.dcmread(path).SOPInstanceUID)
+
+
 def test_objects_that_are_not_what_they_are_said_to_be_are_refused(jobs, settings, series):
+    data, instance = raw(files_of(series)[0])
     with start_node(settings, jobs, MODELS) as node, association(settings) as sender:
-
-        def answer(data, instance="1.2.3"):
-            message, request = sender.dimse, C_STORE()
-            request.MessageID, request.Priority = 7, 2
-            request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = CT, instance
-            request.DataSet = data
-            sender._reactor_checkpoint.clear()
-            until(lambda: sender._is_paused)
-            message.send_msg(request, sender.accepted_contexts[0].context_id)
-            _, response = message.get_msg(block=True)
-            sender._reactor_checkpoint.set()
-            return response.Status
-
-        whole = Path(files_of(series)[0]).read_bytes()
-        dataset = pydicom.dcmread(BytesIO(whole))
-        start = 144 + int.from_bytes(whole[140:144], "little")
-        assert answer(BytesIO(whole[start:])) == 0xA900
-        assert answer(BytesIO(b"no DICOM at all" * 100)) == 0xC000
-        assert answer(BytesIO(b"\0")) == 0xC000
-        assert answer(BytesIO(whole[start:]), dataset.SOPInstanceUID) == 0x0000
+        assert sent_raw(sender, data, "1.2.3") == 0xA900
+        assert sent_raw(sender, b"no DICOM at all" * 100, instance) == 0xC000
+        assert sent_raw(sender, b"\0", instance) == 0xC000
+        assert sent_raw(sender, data, instance) == 0x0000
         assert (node.spool.received, node.spool.refused) == (1, 3)
+
+
+def test_damaged_objects_are_answered_and_stop_nothing(jobs, settings, series, caplog):
+    data, instance = raw(files_of(series)[0])
+    random, statuses = np.random.default_rng(0), set()
+    with start_node(settings, jobs, MODELS) as node, association(settings) as sender:
+        for _ in range(100):
+            hit = bytearray(data)
+            for at in random.integers(0, 1500, 3):
+                hit[at] = random.integers(256)
+            statuses.add(sent_raw(sender, bytes(hit), instance))
+            shutil.rmtree(next((path for path in node.spool.folder.iterdir()), "none"), ignore_errors=True)
+        assert statuses == {0x0000, 0xA900, 0xC000}
+        for file in files_of(series):
+            assert sent_raw(sender, *raw(file)) == 0x0000
+        until(lambda: not node.spool.waiting())
+    assert "failed at something" not in caplog.text and jobs.count("queued")
 
 
 def test_what_a_peer_sends_is_bounded(jobs, settings, series):

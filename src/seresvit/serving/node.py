@@ -7,7 +7,8 @@ accepted. Nothing that a peer sends can take more memory, disk or time than the 
 import logging
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +52,9 @@ NOT_RECOGNISED = (0x01, 0x01, 0x03)
 LEAST_PDU = 2**20
 # Connections that are still to say who they are, besides the associations.
 MOST_UNDECIDED = 8
-POLL_S = 0.5
+POLL_S, ERASE_EVERY_S = 0.5, 60.0
+# A node that is to be told of a storage commitment has no longer to answer.
+MOST_REPORT_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -203,18 +206,30 @@ class Node:
     # ----------------------------------------------------------------------------------------------- work
 
     def work(self, stopping: threading.Event, keep_s: float) -> None:
-        """Jobs of silent series, reports that are due, and the end of what is old, until `stopping`."""
+        """Jobs of silent series, and the end of what is old, until `stopping`."""
+        erased = time.monotonic()
+
+        def step() -> None:
+            nonlocal erased
+            self.spool.decide()
+            if time.monotonic() - erased > ERASE_EVERY_S:
+                self.spool.erase_old(keep_s)
+                erased = time.monotonic()
+
+        self._repeat(step, stopping)
+
+    def report(self, stopping: threading.Event) -> None:
+        """Reports of storage commitment that are due, until `stopping`; a node that is not there takes time."""
         settings = self.settings
-        while not stopping.wait(min(POLL_S, settings.quiet_s / 2)):
-            for part in (
-                self.spool.decide,
-                lambda: self.answers.send_due(settings.aet, min(settings.timeout_s, 10.0), settings.tls),
-                lambda: self.spool.erase_old(keep_s),
-            ):
-                try:
-                    part()
-                except Exception as error:  # it must go on with the next series
-                    log.error("the DICOM node failed at something and goes on: %s", type(error).__name__)
+        timeout_s = min(settings.timeout_s, MOST_REPORT_S)
+        self._repeat(lambda: self.answers.send_due(settings.aet, timeout_s, settings.tls), stopping)
+
+    def _repeat(self, step: Callable[[], None], stopping: threading.Event) -> None:
+        while not stopping.wait(min(POLL_S, self.settings.quiet_s / 2)):
+            try:
+                step()
+            except Exception as error:  # it must go on with the next
+                log.error("the DICOM node failed at something and goes on: %s", type(error).__name__)
         self.spool.jobs.database.close()
 
 
@@ -332,6 +347,7 @@ def start_node(
         threads = [
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="dicom-node"),
             threading.Thread(target=node.work, args=(stopping, jobs.keep_s), name="dicom-node-work"),
+            threading.Thread(target=node.report, args=(stopping,), name="dicom-node-reports"),
         ]
         for thread in threads:
             thread.start()

@@ -143,11 +143,12 @@ def accepted_from(texts: Iterable[str]) -> tuple[Accepted, ...]:
 
 
 def quieten() -> None:
-    """Nothing of pynetdicom is logged: it names instances, and in its debug log whole headers."""
+    """Nothing of pynetdicom is logged, nor what the database is told: both name instances, and may name patients."""
     _config.LOG_HANDLER_LEVEL = "none"
-    logger = logging.getLogger("pynetdicom")
-    logger.setLevel(logging.CRITICAL + 1)
-    logger.propagate = False
+    for name in ("pynetdicom", "peewee"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.CRITICAL + 1)
+        logger.propagate = False
 
 
 def connected(

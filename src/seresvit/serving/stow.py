@@ -46,9 +46,8 @@ def stow_from(url: str, credentials: str = "") -> Stow:
     except httpx.InvalidURL:
         usable = False
     if not usable:
-        raise ConfigError(
-            f"--stow {url.partition('?')[0].rpartition('@')[2]}: expected https://HOST/dicom-web, no user"
-        )
+        shown = url.partition("?")[0].rpartition("@")[2]
+        raise ConfigError(f"--stow {shown}: expected a URL such as https://HOST/dicom-web, without user or query")
     credentials = credentials.strip()
     if credentials and parsed.scheme == "http" and not _is_loopback(parsed.host):
         raise ConfigError(f"--stow {url}: credentials would travel unencrypted; use https")
