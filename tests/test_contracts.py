@@ -213,6 +213,13 @@ def test_contributing_lays_out_every_source_file():
     assert {path for path in listed if path.suffix} == there - {SOURCE / "__init__.py"}
 
 
+def test_model_card_holds_no_number_that_was_not_measured():
+    measured = text(ROOT / "docs" / "experiments.md") + text(ROOT / "docs" / "prediction.md")
+    card = re.sub(r"\]\(\S+?\)|version \S+|Apache \S+", "", text(ROOT / "MODEL_CARD.md"))
+    numbers = re.findall(r"\d+\.\d+", card)
+    assert len(numbers) > 20 and not [number for number in numbers if number not in measured]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_document_links_resolve_and_name_no_machine(document):
     for link in re.findall(r"\]\(([^)\s]+)\)", text(document)):
