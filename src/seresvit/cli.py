@@ -447,6 +447,9 @@ def serve(
     ] = None,
     stow: Annotated[str | None, typer.Option(metavar="URL", help="DICOMweb server where they go")] = None,
     stow_credentials_file: Annotated[Path | None, typer.Option(help="USER:PASSWORD, or a token, for --stow")] = None,
+    commit: Annotated[
+        bool, typer.Option("--commit", help="delivered: once --send-to commits itself to it, where it offers that")
+    ] = False,
     quiet_s: Annotated[float, typer.Option(help="a series is complete when silent for so long")] = 10.0,
     dicom_tls_cert: Annotated[Path | None, typer.Option(help="PEM, of the node")] = None,
     dicom_tls_key: Annotated[Path | None, typer.Option(help="PEM, of the node")] = None,

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from seresvit.data import read_volume
+from seresvit.data import phantom, read_volume
 from seresvit.serving import worker as working
 from seresvit.serving.uploads import Bounds, arrange, numbered
 from seresvit.serving.worker import Worker
@@ -61,6 +61,14 @@ def test_a_fault_is_told_with_the_name_that_the_file_was_given(worker, patients)
 
     job = worked(worker, broken)
     assert job.state == "failed" and job.message.startswith("P001_0002.dcm: ") and str(job.folder) not in job.message
+
+
+def test_a_missing_slice_is_a_warning(worker, tmp_path):
+    phantom.simulate(tmp_path, patients=1, slices=5, size=32, kev=(110,))
+    folder = tmp_path / "110keV" / "P001"
+    sorted(folder.iterdir())[2].unlink()
+    job = worked(worker, fill_with(folder))
+    assert job.state == "done" and any(line.startswith("even slices: gaps from") for line in job.warnings)
 
 
 def test_an_image_of_no_series_fails(worker):

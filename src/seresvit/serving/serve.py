@@ -34,6 +34,8 @@ ERASE_EVERY_S = 60.0
 # How long a stopping server waits for requests, and then for the batch that the network is at.
 GRACE_S, WORKER_GRACE_S = 5, 60.0
 MOST_CONNECTIONS = 512
+# How often an image is in memory at most while it is worked on, and room for all else.
+COPIES = 8
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -61,6 +63,7 @@ class ServeSettings:
     send_to: tuple[str, ...] = ()
     stow: str | None = None
     stow_credentials_file: Path | None = None
+    commit: bool = False
     quiet_s: float = 10.0
     dicom_tls_cert: Path | None = None
     dicom_tls_key: Path | None = None
@@ -82,7 +85,8 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
         stack.callback(jobs.close)
         jobs.recover()
         most_unpacked = settings.most_unpacked_mib * MIB
-        worker = Worker(jobs, predictors, settings.most_minutes * 60, most_unpacked)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        worker = Worker(jobs, predictors, settings.most_minutes * 60, min(most_unpacked, memory // COPIES))
         stopping = threading.Event()
         threads = [
             threading.Thread(target=worker.run, args=(stopping,), name="worker", daemon=True),
@@ -233,15 +237,22 @@ def _dicom(
         settings.dicom_tls_key,
         settings.dicom_tls_ca,
     )
-    credentials = settings.stow_credentials_file.read_text("utf-8") if settings.stow_credentials_file else ""
+    credentials = os.environ.get("SERESVIT_STOW_CREDENTIALS", "")
+    if settings.stow_credentials_file:
+        credentials = settings.stow_credentials_file.read_text("utf-8")
     destinations: list[Destination] = [peer_from(one) for one in settings.send_to]
     if settings.stow:
         destinations.append(stow_from(settings.stow, credentials))
-    deliveries = Deliveries(jobs, destinations, Sending(node.aet, tls=node.tls))
+    deliveries = Deliveries(jobs, destinations, Sending(node.aet, tls=node.tls, commit=settings.commit))
     worker.on_done.append(deliveries.announce)
     models = models_by_modality(predictors)
-    with deliveries.started(), start_node(node, jobs, models, deliveries):
-        yield lambda: {("waiting_deliveries", "Series that a destination does not have yet"): deliveries.waiting()}
+    with deliveries.started(), start_node(node, jobs, models, deliveries) as started:
+        yield lambda: {
+            ("waiting_deliveries", "Series that a destination does not have yet"): deliveries.waiting(),
+            ("waiting_series", "Series that came by DICOM and are no jobs yet"): started.spool.waiting(),
+            ("received_objects", "DICOM objects taken since the start"): started.spool.received,
+            ("refused_objects", "DICOM objects not taken since the start"): started.spool.refused,
+        }
 
 
 def _erase(jobs: Jobs, stopping: threading.Event) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from seresvit.data import read_volume
+from seresvit.data.checks import of_one_image
 from seresvit.data.volume import DataError
 from seresvit.model.familiarity import looked_at
 from seresvit.serving.jobs import Cancelled, Job, Jobs, State
@@ -133,7 +134,7 @@ class Worker:
             predictor.watch = lambda num_slices: None
         self.jobs.report(job.id, total, total)
         doubts = json.loads((job.result / RECORD).read_text(encoding="utf-8"))["doubts"]
-        return [as_given(doubt, job.folder) for doubt in doubts]
+        return [as_given(line, job.folder) for line in (*doubts, *of_one_image(volume, predictor.data))]
 
     def _announce(self) -> None:
         for job in self.jobs.unannounced():
