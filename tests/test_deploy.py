@@ -122,9 +122,11 @@ def test_unit_passes_the_checks_of_systemd(tmp_path):
 
 def test_the_page_on_serving_names_options_that_there_are():
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(?:bash|ini)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [re.sub(r"\s*#.*", "", line) for block in blocks for line in block.splitlines()]
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("seresvit ")]
-    assert any(words[0] == "serve" for words in commands)
+    # On its own, in a container or in a unit.
+    found = [re.search(r"(?:^|[ /])seresvit (serve|simulate)( .*)", line) for line in lines]
+    commands = [[match[1], *shlex.split(match[2])] for match in found if match]
+    assert len([words for words in commands if words[0] == "serve"]) > 3
     for words in commands:
         parse(words)
