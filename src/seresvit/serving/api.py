@@ -122,28 +122,6 @@ SUBMIT_ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": Error, "description": "the queue is full"},
     507: {"model": Error, "description": "the disk is full"},
 }
-FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["files"],
-                    "properties": {
-                        "model": {"type": "string", "description": "its name; may be left out where one is served"},
-                        "files": {
-                            "type": "array",
-                            "minItems": 1,
-                            "items": {"type": "string", "format": "binary"},
-                            "description": "DICOM files of one series, one zip, or one NIfTI, MHA or NRRD file",
-                        },
-                    },
-                }
-            }
-        },
-    }
-}
 BINARY: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
@@ -164,10 +142,12 @@ def make_app(served: Served) -> FastAPI:
     bearer = HTTPBearer(auto_error=False, description="the token of the server, where it has one")
 
     def authorise(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if served.token and not (given and secrets.compare_digest(given.credentials.encode(), served.token.encode())):
+        if not (given and secrets.compare_digest(given.credentials.encode(), served.token.encode())):
             raise HTTPException(401, "give the server's token", {"WWW-Authenticate": "Bearer"})
 
-    app.include_router(_jobs_of(served), dependencies=[Depends(authorise)])
+    # Without a token nothing of it stands in the document either.
+    authorised = [Depends(authorise)] if served.token else []
+    app.include_router(_jobs_of(served), dependencies=authorised)
     _add_page(app)
 
     @app.get("/health", responses={503: {"model": Health, "description": "no work is taken or done"}})
@@ -177,12 +157,25 @@ def make_app(served: Served) -> FastAPI:
         response.status_code = 503 if reasons else 200
         return Health(status="not ready" if reasons else "ready", reasons=reasons, version=__version__)
 
-    @app.get("/metrics", dependencies=[Depends(authorise)], responses={401: ERRORS[401]}, response_class=Response)
+    @app.get("/metrics", dependencies=authorised, responses={401: ERRORS[401]}, response_class=Response)
     def metrics() -> Response:
         """Numbers for Prometheus."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _form(names: list[str]) -> dict[str, Any]:
+    """What the document says of the body of a submission, which is read as it comes."""
+    model = {"type": "string", "enum": names, "description": "may be left out where one is served"}
+    files = {
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "string", "format": "binary"},
+        "description": "DICOM files of one series, one zip of them, or one NIfTI, MHA or NRRD file",
+    }
+    schema = {"type": "object", "required": ["files"], "properties": {"model": model, "files": files}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def _add_page(app: FastAPI) -> None:
@@ -217,7 +210,7 @@ def _jobs_of(served: Served) -> APIRouter:
         """The networks that may be chosen."""
         return [_model(name, predictor) for name, predictor in served.predictors.items()]
 
-    @router.post("/jobs", status_code=202, responses=SUBMIT_ERRORS, openapi_extra=FORM)
+    @router.post("/jobs", status_code=202, responses=SUBMIT_ERRORS, openapi_extra=_form(list(served.predictors)))
     async def submit(request: Request, response: Response) -> Status:
         """Give images; the answer says where to ask for the result."""
         try:
