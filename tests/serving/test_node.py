@@ -28,6 +28,7 @@ from seresvit.serving import commitment
 from seresvit.serving.node import NodeSettings, models_by_modality, node_settings, start_node, transfer_syntaxes
 from seresvit.serving.peers import Peer, Tls, accepted_from, node_from, peer_from, tls_from
 from seresvit.serving.spool import is_ours
+from seresvit.serving.worker import Worker
 from seresvit.synthesis.predictor import Predictor
 
 dcmtk = pytest.mark.skipif(shutil.which("storescu") is None, reason="DCMTK (Debian dcmtk) is not installed")
@@ -216,6 +217,66 @@ def test_every_class_is_accepted_in_every_syntax(node, settings):
     accepted = [(one.abstract_syntax, one.transfer_syntax[0]) for one in sender.accepted_contexts]
     sender.release()
     assert sorted(accepted) == sorted(offered) and len(offered) == 64
+
+
+def enhanced(datasets):
+    """One enhanced CT of these slices, as small as the reader takes it."""
+    one = pydicom.Dataset()
+    one.update(datasets[0])
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        del one[keyword]
+    one.file_meta = datasets[0].file_meta
+    one.SOPClassUID = one.file_meta.MediaStorageSOPClassUID = uid.EnhancedCTImageStorage
+    one.NumberOfFrames, one.PixelData = len(datasets), b"".join(slice_.PixelData for slice_ in datasets)
+
+    def group(**items):
+        made = pydicom.Dataset()
+        for name, keywords in items.items():
+            item = pydicom.Dataset()
+            for of, keyword in keywords:
+                item[keyword] = of[keyword]
+            setattr(made, name, [item])
+        return made
+
+    first = datasets[0]
+    one.SharedFunctionalGroupsSequence = [
+        group(
+            PlaneOrientationSequence=[(first, "ImageOrientationPatient")],
+            PixelMeasuresSequence=[(first, "PixelSpacing"), (first, "SliceThickness")],
+        )
+    ]
+    one.PerFrameFunctionalGroupsSequence = [
+        group(PlanePositionSequence=[(of, "ImagePositionPatient")]) for of in datasets
+    ]
+    return one
+
+
+def test_enhanced_objects_are_synthesised_and_the_result_is_no_source(jobs, settings, series, tiny_checkpoint):
+    before = read_volume(series)
+    dataset = enhanced([pydicom.dcmread(file) for file in series.iterdir()])
+    with start_node(settings, jobs, MODELS) as node, association(settings, uid.EnhancedCTImageStorage) as sender:
+        assert sender.send_c_store(dataset).Status == 0
+        job = one_job(jobs)
+        np.testing.assert_array_equal(read_volume(job.source).array, before.array)
+        Worker(jobs, {"tiny": Predictor(tiny_checkpoint, "cpu")}).work(jobs.take(), threading.Event())
+        assert jobs.get(job.id).state == "done"
+        (synthetic,) = job.result.glob("*.dcm")
+        assert is_ours(pydicom.dcmread(synthetic)) and sender.send_c_store(synthetic).Status == 0
+        until(lambda: not node.spool.waiting())
+    assert not jobs.count("queued")
+
+
+def test_objects_that_are_no_one_volume_fail_with_a_line(jobs, settings, series, tiny_checkpoint):
+    datasets = [pydicom.dcmread(file) for file in files_of(series)]
+    datasets[1].PixelSpacing = [5, 5]
+    with start_node(settings, jobs, MODELS), association(settings) as sender:
+        for dataset in datasets:
+            sender.send_c_store(dataset)
+        job = one_job(jobs)
+        Worker(jobs, {"tiny": Predictor(tiny_checkpoint, "cpu")}).work(jobs.take(), threading.Event())
+    failed = jobs.get(job.id)
+    assert failed.state == "failed" and "PixelSpacing must be the same in all slices" in failed.message
+    assert str(jobs.folder) not in failed.message
 
 
 def test_what_came_before_a_crash_becomes_a_job_after_it(jobs, settings, series):
