@@ -292,6 +292,33 @@ def test_what_came_before_a_crash_becomes_a_job_after_it(jobs, settings, series)
     assert not list((jobs.folder / "spool").glob(".*"))
 
 
+@pytest.mark.parametrize("how", ["abort", "cut"])
+def test_a_sender_that_was_cut_short_has_time_to_come_again(jobs, settings, series, how):
+    first, *others = [pydicom.dcmread(file) for file in files_of(series)]
+    with start_node(settings, jobs, MODELS):
+        with association(settings) as sender:
+            sender.send_c_store(first)
+            if how == "abort":
+                sender.abort()
+            else:
+                sender.dul.socket.socket.shutdown(socket.SHUT_RDWR)
+        time.sleep(3 * settings.quiet_s)
+        assert not jobs.count("queued")
+        with association(settings) as sender:
+            for dataset in others:
+                sender.send_c_store(dataset)
+        assert len(list(one_job(jobs).source.iterdir())) == 3
+    assert jobs.count("queued") == 1
+
+
+def test_a_sender_that_never_comes_again_leaves_a_job_of_what_there_is(jobs, settings, series):
+    with start_node(settings, jobs, MODELS):
+        with association(settings) as sender:
+            sender.send_c_store(pydicom.dcmread(files_of(series)[0]))
+            sender.abort()
+        assert len(list(one_job(jobs).source.iterdir())) == 1
+
+
 def test_slices_that_come_later_make_a_job_of_all_and_end_the_first(jobs, settings, series):
     first, *others = files_of(series)
     with start_node(settings, jobs, MODELS), association(settings) as sender:

@@ -8,12 +8,13 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from pydicom import uid
 from pydicom.pixels import get_decoder
@@ -123,7 +124,8 @@ class Node:
         """Ready to serve; `start_node` starts it."""
         self.settings, self.spool, self.deliveries = settings, spool, deliveries
         self.answers = commitment.Answers(spool.jobs.database)
-        self._reports: dict[Association, commitment.Report] = {}
+        self._reports: MutableMapping[Association, commitment.Report] = WeakKeyDictionary()
+        self._sending: MutableMapping[Association, set[str]] = WeakKeyDictionary()
         self.server: AssociationServer | None = None
 
     @property
@@ -150,10 +152,11 @@ class Node:
             # Not `encoded_dataset`, which copies.
             header = b"\0" * 128 + b"DICM" + encode_file_meta(event.file_meta)
             parts = [header, request.DataSet.getbuffer() if request.DataSet else b""]
-            self.spool.take(parts, str(request.AffectedSOPClassUID), str(request.AffectedSOPInstanceUID))
+            series = self.spool.take(parts, str(request.AffectedSOPClassUID), str(request.AffectedSOPInstanceUID))
         except Refused as error:
             log.warning("an object was refused (0x%04X): %s", error.status, error)
             return error.status
+        self._sending.setdefault(event.assoc, set()).add(series)
         return 0x0000
 
     def asked(self, event: evt.Event) -> tuple[int, None]:
@@ -189,9 +192,15 @@ class Node:
         self.spool.jobs.database.close()  # this thread's connection
         return (0x0000 if known else 0x0110), None
 
-    def ended(self, event: evt.Event) -> None:
-        """Forgets what was for this association."""
+    def released(self, event: evt.Event) -> None:
+        """Forgets an association that had its say."""
         self._reports.pop(event.assoc, None)
+        self._sending.pop(event.assoc, None)
+
+    def cut_short(self, event: evt.Event) -> None:
+        """Forgets an association that had not; what it sent may not be all."""
+        self._reports.pop(event.assoc, None)
+        self.spool.broke_off(self._sending.pop(event.assoc, ()))
 
     def _return_address(self, association: Association) -> Peer | None:
         caller, address = association.requestor.ae_title, association.requestor.address
@@ -325,7 +334,8 @@ def start_node(
         (evt.EVT_N_ACTION, node.asked),
         (evt.EVT_N_EVENT_REPORT, node.reported),
         (evt.EVT_DIMSE_SENT, node.sent),
-        *((event, node.ended) for event in (evt.EVT_RELEASED, evt.EVT_ABORTED, evt.EVT_CONN_CLOSE)),
+        (evt.EVT_RELEASED, node.released),
+        (evt.EVT_ABORTED, node.cut_short),
     ]
     context = settings.tls.server() if settings.tls else None
     with ExitStack() as stack:

@@ -31,6 +31,8 @@ OUT_OF_RESOURCES, NO_MATCH, CANNOT_UNDERSTAND, PROCESSING_FAILURE = 0xA700, 0xA9
 NO_SUCH_OBJECT, CLASS_CONFLICT = 0x0112, 0x0119
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality")
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# A series whose sender was cut short, or in which the server was, waits for the rest so many times as long.
+BROKEN_OFF = 6
 # A queue that is full is asked again no sooner.
 LEAST_RETRY_S = 2.0
 # What every object of ours says of itself: see `data/derivation.py`. An anonymiser may have taken some of it away.
@@ -69,20 +71,20 @@ class Spool:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for unfinished in [*self.folder.glob(".receiving-*"), *self.folder.glob("*/.writing-*")]:
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-        # When the last object of each series came that is still to be decided on, by the monotonic clock.
-        self._silent_since = {
-            series.name: time.monotonic()
+        # When each series is to be decided on, by the monotonic clock, unless more of it comes.
+        self._due = {
+            series.name: time.monotonic() + BROKEN_OFF * quiet_s
             for series in self.folder.iterdir()
             if (kept := _decision(series)) is None or kept.objects != _hash(_objects(series))
         }
 
-    def take(self, parts: Iterable[Any], sop_class: str, sop_instance: str) -> None:
-        """Returns when the object would survive a loss of power; `parts` are the bytes of its file.
+    def take(self, parts: Iterable[Any], sop_class: str, sop_instance: str) -> str:
+        """The name of its series, when the object would survive a loss of power; `parts` are the bytes of its file.
 
         An object that is there already stays as it is. Raises Refused.
         """
         try:
-            self._take(parts, sop_class, sop_instance)
+            series = self._take(parts, sop_class, sop_instance)
         except OSError as error:
             full = error.errno in FULL
             self.refused += 1
@@ -93,8 +95,9 @@ class Spool:
             self.refused += 1
             raise
         self.received += 1
+        return series
 
-    def _take(self, parts: Iterable[Any], sop_class: str, sop_instance: str) -> None:
+    def _take(self, parts: Iterable[Any], sop_class: str, sop_instance: str) -> str:
         parts = list(parts)
         if shutil.disk_usage(self.folder).free - sum(map(len, parts)) < self.least_free_bytes:
             raise Refused(OUT_OF_RESOURCES, "the disk is nearly full")
@@ -115,9 +118,17 @@ class Spool:
             for folder in (series, self.folder):
                 _sync(folder)
             with self._lock:
-                self._silent_since[series.name] = time.monotonic()
+                self._due[series.name] = time.monotonic() + self.quiet_s
+            return series.name
         finally:
             temporary.unlink(missing_ok=True)
+
+    def broke_off(self, series: Iterable[str]) -> None:
+        """The sender of these series was cut short: it will come again, and need not hurry."""
+        with self._lock:
+            for name in series:
+                if name in self._due:
+                    self._due[name] = time.monotonic() + BROKEN_OFF * self.quiet_s
 
     def missing(self, sop_class: str, sop_instance: str) -> int:
         """0 for an object that is here, else the FailureReason of storage commitment."""
@@ -134,27 +145,27 @@ class Spool:
 
     def waiting(self) -> int:
         """How many series are not yet decided on."""
-        return len(self._silent_since)
+        return len(self._due)
 
     def decide(self) -> None:
-        """Makes a job of every series that has been silent for `quiet_s`, unless it is one that is not synthesised."""
+        """Makes a job of every series that has been silent long enough, unless it is one that is not synthesised."""
         with self._lock:
-            silent = [(n, at) for n, at in self._silent_since.items() if at + self.quiet_s <= time.monotonic()]
-        for name, since in silent:
+            silent = [(name, due) for name, due in self._due.items() if due <= time.monotonic()]
+        for name, due in silent:
             again = None
             try:
                 self._decide(self.folder / name)
             except (DataError, OSError) as error:  # a full queue, a full disk: later
                 reason = error.strerror if isinstance(error, OSError) else error
                 log.warning("a series of the DICOM node waits: %s", reason)
-                again = time.monotonic() - self.quiet_s + max(self.quiet_s, LEAST_RETRY_S)
+                again = time.monotonic() + max(self.quiet_s, LEAST_RETRY_S)
             with self._lock:
-                if self._silent_since.get(name) != since:
+                if self._due.get(name) != due:
                     continue  # more of it came
                 if again is None:
-                    del self._silent_since[name]
+                    del self._due[name]
                 else:
-                    self._silent_since[name] = again
+                    self._due[name] = again
 
     def _decide(self, series: Path) -> None:
         with self._lock:
@@ -204,7 +215,7 @@ class Spool:
         erased = 0
         for series in self.folder.iterdir():
             with self._lock:
-                if series.name in self._silent_since or not series.is_dir():
+                if series.name in self._due or not series.is_dir():
                     continue
                 if time.time() - series.stat().st_mtime >= keep_s:
                     shutil.rmtree(series, ignore_errors=True)
