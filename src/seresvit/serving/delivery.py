@@ -144,6 +144,9 @@ class Deliveries:
                     continue
                 try:
                     self._deliver(row, stopping)
+                    if failures:  # it is there again: nobody need wait any longer
+                        others = (self._row.destination == name) & (self._row.state == "waiting")
+                        self._row.update(next_at=0.0).where(others).execute()
                     failures = 0
                 except Unreachable as error:
                     failures += 1
@@ -187,6 +190,7 @@ class Deliveries:
 
         def report(event: evt.Event) -> tuple[int, None]:
             known = self.committed(commitment.answered(event.event_information))
+            self.jobs.database.close()  # this thread's connection
             answered.set()
             return (0x0000 if known else 0x0110), None
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -366,7 +366,8 @@ def start_node(
             yield node
         finally:
             stopping.set()
-            with suppress(OSError):
-                entity.shutdown()
+            server.shutdown()  # before the associations, so that none begins after their end
+            for association in server.active_associations:
+                association.abort()
             for thread in threads:
                 thread.join()
