@@ -1,4 +1,4 @@
-"""What counts as which tissue: one definition in HU for every table."""
+"""What counts as which tissue, and how it is looked at: one definition in HU for every table and page."""
 
 import numpy as np
 
@@ -12,6 +12,8 @@ TISSUES_HU = {
     "contrast": (100.0, 250.0),
     "bone": (250.0, np.inf),
 }
+# What a viewer offers in place of the window of the images.
+WINDOWS_HU = {"soft tissue": (-160.0, 240.0), "lung": (-1350.0, 150.0), "bone": (-500.0, 1300.0)}
 
 
 def tissue_map(array_hu: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from skimage.transform import downscale_local_mean
 from seresvit.data.nifti import FLIP_XY
 from seresvit.data.volume import Unit, Volume, written_whole
 from seresvit.evaluation.gates import BRANCHES, highest_gate, read_gates
-from seresvit.evaluation.viewer import WINDOWS_HU
+from seresvit.evaluation.tissues import WINDOWS_HU
 from seresvit.model.fusion import record_gates
 from seresvit.synthesis.predictor import Predictor
 
