@@ -3,7 +3,7 @@ import { openViewer } from "./viewer.js";
 
 const find = (selector, root = document) => root.querySelector(selector);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-const MOST_FILES = 50_000;
+const MOST_FILES = 20_000;
 const SUFFIX = /\.(nii\.gz|nii|mha|nrrd|zip|dcm|ima|png|tiff?)$/i;
 const HIDDEN = /(^|\/)(\..*|__MACOSX\/.*|Thumbs\.db|desktop\.ini)$/i;
 
@@ -15,6 +15,8 @@ let screen = { name: "" };
 let viewer = null;
 let timer = 0;
 let pace = null;
+// What the files that were sent under a number are called here.
+let called = {};
 
 /** What went wrong: an HTTP status, 0 for no answer, and the server's line. */
 class Trouble extends Error {
@@ -87,6 +89,9 @@ async function ask(path, options = {}) {
   return answer;
 }
 
+/** A line of the server with the names that files have here, as long as the page that sent them is open. */
+const asCalled = (line) => line.replace(/\b\d{5}(\.[a-z.]*[a-z])?\b/g, (name) => called[name] ?? name);
+
 function detailOf(text) {
   try {
     const { detail } = JSON.parse(text);
@@ -117,9 +122,11 @@ function askToken(wrong) {
 function upload(model, files, progress, signal) {
   const form = new FormData();
   form.append("model", model);
+  called = {};
   files.forEach(({ file, path }, index) => {
-    const suffix = path.match(SUFFIX)?.[0].toLowerCase() ?? "";
-    form.append("files", file, `${String(index + 1).padStart(5, "0")}${suffix}`);
+    const name = String(index + 1).padStart(5, "0") + (path.match(SUFFIX)?.[0].toLowerCase() ?? "");
+    called[name] = path;
+    form.append("files", file, name);
   });
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
@@ -188,24 +195,17 @@ function drawChosen() {
 
 function drawModels() {
   const before = find("[name=model]:checked")?.value;
-  const usable = models.filter(takesOne);
   find("#models .choices").replaceChildren(
     ...models.map((model) => {
       const radio = element("input", { type: "radio", name: "model", value: model.name });
-      radio.disabled = !takesOne(model);
-      radio.checked = model.name === (before ?? usable[0]?.name);
+      radio.checked = model.name === (before ?? models[0].name);
       const sources = (model.sources ?? []).join(", ");
       const what = [word(sources ? "model_from" : "model_target", { sources: named(sources), target: named(model.target || "?") })];
       if (model.context_slices) what.push(word("model_context", { count: number(2 * model.context_slices + 1) }));
-      if (!takesOne(model)) what.push(word("model_channels", { count: number(model.channels.length) }));
       return element("label", {}, radio, element("span", {}, element("b", {}, model.name), element("small", {}, what.join(" · "))));
     }),
   );
-  find("#start [type=submit]").disabled = !usable.length;
-  if (models.length && !usable.length) refuse("no_models");
 }
-
-const takesOne = (model) => (model.channels?.length ?? 0) <= 1;
 
 // One screen after another.
 
@@ -215,6 +215,7 @@ function show(next) {
   if (moved && viewer) {
     viewer.close();
     viewer = null;
+    delete find("#viewer").dataset.ready;
   }
   screen = next;
   render();
@@ -247,8 +248,11 @@ function renderWork() {
   }
   const detail = {
     upload: () => word("uploaded", { done: bytes(done), total: bytes(total) }),
-    queued: () => (position > 2 ? word("before", { count: number(position - 1) }) : word(position === 2 ? "before_one" : "next")),
-    running: () => [word("slices_done", { done: number(done), total: number(total) }), left(done, total)].filter(Boolean).join(", "),
+    queued: () => word(["next", "before_one"][position] ?? "before", { count: number(position) }),
+    running: () => {
+      if (done >= total) return word("preparing");
+      return [word("slices_done", { done: number(done), total: number(total) }), left(done, total)].filter(Boolean).join(", ");
+    },
   }[phase];
   put(find("#work h1"), word(`working_${phase}`));
   put(find("#work .detail"), detail && (total || phase === "queued") ? detail() : "");
@@ -271,7 +275,7 @@ function renderFailed() {
   put(find("#failed h1"), word("failed_title"));
   put(find("#failed .advice"), word(screen.key));
   find("#failed .trouble").hidden = !screen.detail;
-  put(find("#failed .detail"), screen.detail ?? "");
+  put(find("#failed .detail"), asCalled(screen.detail ?? ""));
   find("#retry").hidden = !screen.retry;
 }
 
@@ -283,7 +287,6 @@ function fail(trouble, retry) {
 
 async function send() {
   const model = find("[name=model]:checked")?.value;
-  if (!model) return refuse("no_models");
   if (!chosen.length) {
     refuse("none_chosen");
     return find("#pick-folder").focus();
@@ -297,7 +300,7 @@ async function send() {
   try {
     const answer = await upload(model, files, progress, stopped.signal);
     choose([]);
-    location.hash = answer.job?.id ?? answer.job ?? answer.id;
+    location.hash = answer.id;
   } catch (trouble) {
     if (trouble.status === -1) show({ name: "start" });
     else if (trouble.status === 401) {
@@ -378,7 +381,7 @@ function renderResult() {
   ];
   put(find("#result .facts"), facts.filter(Boolean).join(" · "));
   const warnings = job.warnings?.length
-    ? job.warnings.map((line) => element("li", { class: "warns", lang: "en" }, element("span", { "aria-hidden": "true" }, "⚠"), line))
+    ? job.warnings.map((line) => element("li", { class: "warns", lang: "en" }, element("span", { "aria-hidden": "true" }, "⚠"), element("span", {}, asCalled(line))))
     : [element("li", {}, word("warnings_none"))];
   find("#warnings ul").replaceChildren(...warnings);
   put(find("#downloads .expires"), job.expires ? word("expires", { time: time(job.expires) }) : "");
@@ -421,6 +424,7 @@ async function save(id, format) {
 
 const title = (block) => block.replace("art_", "ART ");
 const share = (value) => number(value, 3);
+const LEAST_SPAN = 0.02;
 const SVG = "http://www.w3.org/2000/svg";
 
 function drawGates(told) {
@@ -448,7 +452,9 @@ function chart(block, branches) {
   const [low, high] = [Math.min(...values), Math.max(...values)];
   const count = branches.cnn.length;
   if (count < 2) return [];
-  const span = Math.max(high - low, 1e-4);
+  // Gates that hardly move are to look so.
+  const span = Math.max(high - low, LEAST_SPAN);
+  const middle = (low + high) / 2;
   const svg = document.createElementNS(SVG, "svg");
   const ends = (branch) => [share(Math.min(...branches[branch])), share(Math.max(...branches[branch]))];
   const [[t_low, t_high], [c_low, c_high]] = [ends("transformer"), ends("cnn")];
@@ -458,7 +464,7 @@ function chart(block, branches) {
   for (const [branch, line] of Object.entries(branches)) {
     const path = document.createElementNS(SVG, "polyline");
     path.setAttribute("class", branch);
-    path.setAttribute("points", line.map((y, x) => `${(300 * x) / (count - 1)},${60 - (56 * (y - low)) / span}`).join(" "));
+    path.setAttribute("points", line.map((y, x) => `${(300 * x) / (count - 1)},${32 - (56 * (y - middle)) / span}`).join(" "));
     svg.append(path);
   }
   const here = document.createElementNS(SVG, "line");

@@ -3,7 +3,7 @@
 
 const LIMITS = [10, 25, 50, 100, 200, 500, 1000];
 const MOST_ZOOM = 12;
-const CROSS = 1;
+const CROSS = 0.7;
 // Light blue over black to amber: told apart by eyes without red or green, and 0 as dark as what lies around it.
 const COLOURS = {
   difference: { R: [120, 30, 10, 160, 255], G: [200, 100, 10, 95, 195], B: [255, 165, 12, 0, 80], I: [0, 64, 128, 192, 255] },
