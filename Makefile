@@ -22,7 +22,7 @@ check: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[dev,export]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[dev,export,serve]"
 	touch $@
 
 clean:

@@ -383,13 +383,15 @@ def compare(
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="latest_net_G.pth or model.safetensors")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="model.safetensors, model.onnx, model.xml or net.pth")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="model.safetensors, .onnx, .xml, net.pth, or a BUNDLE/")],
     overrides: Overrides = None,
     int8: Annotated[
         Path | None, typer.Option("--int8", metavar="IMAGES", help="ONNX, OpenVINO: 8 bits, set by these images")
     ] = None,
 ) -> None:
-    """Turn a published .pth into our checkpoint, or back; or our checkpoint into ONNX or OpenVINO.
+    """Turn a published .pth into our checkpoint, or back; or our checkpoint into ONNX, OpenVINO or a MONAI bundle.
+
+    A name without a suffix is that of a bundle, a new folder.
 
     A .pth says nothing of its intensity rule: state it, as in --set data.window_hu=[-1024,3071].
     """
@@ -408,9 +410,65 @@ def convert(
         from seresvit.synthesis.export import export
 
         export(source, out)
+    elif source.suffix == ".safetensors" and not out.suffix:
+        from seresvit.synthesis.bundle import write_bundle
+
+        write_bundle(source, out)
     else:
         checkpoint.convert(source, out, settings.data)
     say(f"{source} → {out}")
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[list[Path], typer.Option("--checkpoint", help="model.safetensors; repeatable")],
+    folder: Annotated[Path, typer.Option(help="where jobs and results are kept")] = Path("served"),
+    host: Annotated[
+        str, typer.Option(help="others than this machine's own need a token or certificates")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8080,
+    token_file: Annotated[Path | None, typer.Option(help="file whose line requests must bear")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM, of this server")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM, of this server")] = None,
+    tls_clients: Annotated[Path | None, typer.Option(help="PEM of the authority that signs who may come")] = None,
+    device: Device = "auto",
+    backend: Annotated[str, typer.Option(help="as in predict")] = "torch",
+    keep_hours: Annotated[float, typer.Option(min=0.0, help="then results are erased")] = 24.0,
+    most_waiting: Annotated[int, typer.Option(min=1, help="jobs in the queue")] = 50,
+    most_upload_mib: Annotated[int, typer.Option(min=1, help="of one upload")] = 2048,
+    most_unpacked_mib: Annotated[int, typer.Option(min=1, help="of one upload when unpacked")] = 8192,
+    most_minutes: Annotated[float, typer.Option(min=0.0, help="at work on one job")] = 60.0,
+    dicom: Annotated[str | None, typer.Option(metavar="AET:PORT", help="be a DICOM node too")] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option(metavar="AET@ADDRESS[:PORT]", help="who may send; default: this machine")
+    ] = None,
+    send_to: Annotated[
+        list[str] | None, typer.Option(metavar="AET@HOST:PORT", help="where synthetic series go")
+    ] = None,
+    stow: Annotated[str | None, typer.Option(metavar="URL", help="DICOMweb server where they go")] = None,
+    stow_credentials_file: Annotated[Path | None, typer.Option(help="USER:PASSWORD, or a token, for --stow")] = None,
+    commit: Annotated[
+        bool, typer.Option("--commit", help="delivered: once --send-to commits itself to it, where it offers that")
+    ] = False,
+    quiet_s: Annotated[float, typer.Option(help="a series is complete when silent for so long")] = 10.0,
+    dicom_tls_cert: Annotated[Path | None, typer.Option(help="PEM, of the node")] = None,
+    dicom_tls_key: Annotated[Path | None, typer.Option(help="PEM, of the node")] = None,
+    dicom_tls_ca: Annotated[Path | None, typer.Option(help="PEM of the authority of the other nodes")] = None,
+) -> None:
+    """Web page and REST interface; with --dicom a DICOM node.
+
+    Images are given on the page, by REST or by C-STORE, and synthesised one after another. See docs/serving.md.
+    """
+    from seresvit.config import ConfigError
+
+    try:
+        from seresvit.serving import serve as serving
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve needs {error.name}; install seresvit[serve]") from None
+    fields = serving.ServeSettings.__dataclass_fields__
+    options: dict[str, Any] = {name: value for name, value in locals().items() if name in fields}
+    options |= {"checkpoints": tuple(checkpoint), "accept": tuple(accept or ()), "send_to": tuple(send_to or ())}
+    serving.serve(serving.ServeSettings(**options), say)
 
 
 def main() -> None:

@@ -228,3 +228,21 @@ def test_damaged_anywhere_a_file_is_read_or_refused(tmp_path, damaged, name):
             refused += 1
             assert "\n" not in str(error) and f"hit-{name}" in str(error)
     assert refused > 3
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+def test_voxels_in_another_file_are_refused(tmp_path, suffix):
+    path, other = tmp_path / f"image{suffix}", tmp_path / "other"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 16, 16), np.int16)), path)
+    whole = path.read_bytes()
+    other.write_bytes(bytes(range(256)) * 8)
+    if suffix == ".mha":
+        changed = whole.replace(b"ElementDataFile = LOCAL", f"ElementDataFile = {other}".encode())
+    else:
+        head, _, _ = whole.partition(b"\n\n")
+        changed = head.replace(b"encoding: gzip", b"encoding: raw") + f"\ndata file: {other}\n".encode()
+    assert changed != whole and read_image(path).array.shape == (4, 16, 16)
+    path.write_bytes(changed)
+    assert sitk.ReadImage(path).GetSize() == (16, 16, 4)  # what it would have been
+    with pytest.raises(DataError, match="save header and voxels in one file"):
+        read_image(path)

@@ -1,24 +1,6 @@
-"""A Chromium in which tests open pages."""
-
-from pathlib import Path
+"""What the tests of the report share: its page opened in a Chromium."""
 
 import pytest
-
-CHROMIUM = Path("/usr/bin/chromium")
-# Without a graphics card, WebGL is drawn by the processor.
-ARGUMENTS = ["--no-sandbox", "--disable-background-networking", "--use-angle=swiftshader"]
-ARGUMENTS += ["--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if not CHROMIUM.exists():
-        pytest.skip(f"needs Debian's chromium at {CHROMIUM}")
-    with playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

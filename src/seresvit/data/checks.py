@@ -170,7 +170,8 @@ def even_slices(loaded: Loaded) -> Iterator[Problem]:
     gaps = np.diff(positions)
     if len(gaps) and np.ptp(gaps) > max(EVEN_GAPS * np.median(gaps), SLICE_TOLERANCE_MM):
         unit, widest = "numbers" if target.format == "png" else "mm", positions[gaps.argmax()]
-        found = f"gaps from {gaps.min():.2f} to {gaps.max():.2f} {unit}, the widest after {widest:.2f}, on both sides"
+        found = f"gaps from {gaps.min():.2f} to {gaps.max():.2f} {unit}, the widest after {widest:.2f}"
+        found += "" if source is target else ", on both sides"
         yield target.path, "even slices", found, "add what is missing, or go on without"
 
 
@@ -321,6 +322,23 @@ WARNINGS: list[Check] = [
 ]
 PIXEL_FAULTS: list[Check] = [not_constant, shown_slices, two_images, hounsfield_units, aligned, mask_on_body]
 PIXEL_WARNINGS: list[Check] = [within_window, registered]
+OF_ONE_IMAGE: list[Check] = [
+    even_slices,
+    upright_gantry,
+    only_images,
+    dark_is_low,
+    not_constant,
+    hounsfield_units,
+    within_window,
+]
+
+
+def of_one_image(volume: Volume, data: DataSettings) -> list[str]:
+    """What is worth a look in an image without a partner, such as a missing slice, one line each; usually nothing."""
+    case = Case("", "none", "", "", volume.path, volume.path, None)
+    alone = Loaded(case, volume, volume, None, "", data, pixels=True)
+    found = [f"{rule}: {words}" for check in OF_ONE_IMAGE for _, rule, words, _ in check(alone)]
+    return list(dict.fromkeys(found))  # source and target are one
 
 
 def parted(error: DataError, path: Path) -> tuple[str, str]:

@@ -180,7 +180,11 @@ def _checked_members(folder: Path, archive: zipfile.ZipFile) -> list[zipfile.Zip
     return members
 
 
-def _read(file: File, pixels: bool) -> FileDataset:
+def read_object(file: File, pixels: bool) -> FileDataset:
+    """One object, without its pixels unless they are asked for; refused where it would inflate to more than images do.
+
+    Raises DataError for that, and what pydicom raises for what is not DICOM or damaged.
+    """
     with file.open("rb") as stream:
         begin = stream.read(1024)
         if uid.DeflatedExplicitVRLittleEndian.encode() in begin:
@@ -207,7 +211,7 @@ def _find_frames(folder: Path, files: list[File]) -> tuple[list[Frame], list[str
     for file in files:
         with _told_in_one_line(file):
             try:
-                header = _read(file, pixels=False)
+                header = read_object(file, pixels=False)
             except InvalidDicomError:
                 if file.suffix.lower() == ".dcm":
                     raise DataError(f"{file}: not DICOM in spite of its name; remove it, or copy it again") from None
@@ -382,7 +386,7 @@ def _read_pixels(frames: list[Frame], shape: tuple[int, int, int]) -> np.ndarray
     array = np.empty(shape, np.float32)
     for file, here in places.items():
         with _told_in_one_line(file):
-            dataset = _read(file, pixels=True)
+            dataset = read_object(file, pixels=True)
             try:
                 stored = dataset.pixel_array.reshape(-1, *shape[1:])
             except NotImplementedError:

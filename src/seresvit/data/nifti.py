@@ -4,6 +4,7 @@ Files keep their voxels in any order of axes. Inside the project the array is al
 left, y to the back, z to the head), so that slices are axial and look as in DICOM; the writer turns it back.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ from seresvit.data.volume import MOST_DEFLATED, DataError, Unit, Volume, check_c
 
 NIFTI = (".nii", ".nii.gz")
 ITK = (".mha", ".nrrd")
+READERS = {".mha": "MetaImageIO", ".nrrd": "NrrdImageIO"}
+# Where the header of an MHA or NRRD file, which is text, has to end.
+MOST_HEADER = 2**16
 
 # nibabel's world is RAS, ours (and ITK's) LPS: both flip x and y.
 FLIP_XY = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -105,7 +109,9 @@ def _read_nifti(path: Path, pixels: bool) -> Volume:
 
 
 def _read_itk(path: Path, pixels: bool) -> Volume:
+    _check_detached(path)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO(READERS[path.suffix.lower()])
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -130,6 +136,22 @@ def _read_itk(path: Path, pixels: bool) -> Volume:
     except RuntimeError as error:
         raise DataError(f"{path}: values cannot be read ({_reason(error)}); copy the file again") from None
     return _to_lps(array_xyz, _itk_affine_ras(header), path, "itk", header)
+
+
+def _check_detached(path: Path) -> None:
+    """Refuses a header that takes its voxels from another file, which may be any file that the process can read."""
+    with open(path, "rb") as file:
+        header = file.read(MOST_HEADER)
+    if path.suffix.lower() == ".mha":
+        data = re.search(rb"ElementDataFile\s*[=:]\s*(\S+)", header, re.IGNORECASE)
+        is_attached = bool(data) and data[1].upper() == b"LOCAL"  # type: ignore[index]
+    else:
+        fields, end, _ = header.replace(b"\r\n", b"\n").partition(b"\n\n")
+        is_attached = bool(end) and not re.search(rb"^\s*data\s*file\s*[:=]", fields, re.IGNORECASE | re.MULTILINE)
+    if not is_attached:
+        raise DataError(
+            f"{path}: not a readable image file (no voxels after its header); save header and voxels in one file"
+        )
 
 
 def _itk_affine_ras(header: dict[str, Any]) -> np.ndarray:

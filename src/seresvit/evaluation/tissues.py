@@ -1,4 +1,4 @@
-"""What counts as which tissue: one definition in HU, and one name of each region, for every table."""
+"""What counts as which tissue, what its region is called, and how it is looked at: the same for every table and page."""
 
 import numpy as np
 
@@ -15,6 +15,8 @@ TISSUES_HU = {
 # Regions that are no tissue: all pixels, and all that is inside the body. A label may be called "body" for what is none
 # of the tissues.
 IMAGE, WHOLE_BODY = "image", "whole_body"
+# What a viewer offers in place of the window of the images.
+WINDOWS_HU = {"soft tissue": (-160.0, 240.0), "lung": (-1350.0, 150.0), "bone": (-500.0, 1300.0)}
 
 
 def tissue_map(array_hu: np.ndarray) -> np.ndarray:

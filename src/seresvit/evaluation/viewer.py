@@ -12,13 +12,12 @@ from skimage.transform import downscale_local_mean
 from seresvit.data.volume import Unit
 from seresvit.evaluation.page import read
 from seresvit.evaluation.panels import WINDOWS, CaseImages
+from seresvit.evaluation.tissues import WINDOWS_HU
 
 SCRIPTS = ("niivue.js", "linked.js")
 # What a page can carry and still be sent: compressed, all three together, before base64 adds a third.
 MAX_BYTES = 3_000_000
 MAX_SIDE = 256
-# In place of the window of the images, in HU.
-WINDOWS_HU = {"soft tissue": (-160.0, 240.0), "lung": (-1350.0, 150.0), "bone": (-500.0, 1300.0)}
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # int16 holds HU and grey levels as they are, MR in thousandths of its scale.
 STEPS: dict[Unit, float] = {"HU": 1.0, "uint8": 1.0, "arbitrary": 1e-3}

@@ -370,4 +370,4 @@ def convert(source: Path, out: Path, data: DataSettings) -> None:
     elif source.suffix == ".safetensors" and out.suffix in (".pth", ".pt"):
         export_published(load(source), out)
     else:
-        raise ConfigError(f"{source} → {out}: give .pth → .safetensors, or .safetensors → .pth, .onnx or .xml")
+        raise ConfigError(f"{source} → {out}: give .pth → .safetensors, or .safetensors → .pth, .onnx, .xml or BUNDLE/")

@@ -80,13 +80,19 @@ def predict_path(
 
     The rest as in `Asked`. Raises ConfigError for an uncertainty of a single network that is not calibrated.
     """
-    asked = Asked(mark, anonymize, uncertainty, strict)
-    _check(predictor, asked)
-    volume = deidentified(read_volume(source)) if anonymize else read_volume(source)
-    named = (volume.patient, "") if anonymize else ("", source.name)
-    loaded = Loaded((volume,), out, *named, _request(predictor, asked, [source]))
-    _write(predictor, asked, _make(predictor, asked, loaded))
+    predict_image(predictor, source, out, Asked(mark, anonymize, uncertainty, strict))
     return out
+
+
+def predict_image(predictor: Predictor, source: Path, out: Path, asked: Asked) -> tuple[Volume, Volume]:
+    """The source as it was read and the synthetic volume, once `out` is written as by `predict_path`."""
+    _check(predictor, asked)
+    volume = deidentified(read_volume(source)) if asked.anonymize else read_volume(source)
+    named = (volume.patient, "") if asked.anonymize else ("", source.name)
+    loaded = Loaded((volume,), out, *named, _request(predictor, asked, [source]))
+    made = _make(predictor, asked, loaded)
+    _write(predictor, asked, made)
+    return volume, made.synthetic
 
 
 def predict_manifest(

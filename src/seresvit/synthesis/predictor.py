@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -98,6 +98,8 @@ class Predictor:
         if len({one.checkpoint_sha256 for one in self.ensemble}) < len(self.ensemble):
             raise ConfigError("--ensemble: one checkpoint twice agrees with itself, whatever it gives; name each once")
         self._last_trained: tuple[tuple[Volume, ...], tuple[Volume, ...]] = ((), ())
+        # Told the number of slices before each batch; what it raises ends the prediction.
+        self.watch: Callable[[int], None] = lambda num_slices: None
 
     def __call__(self, *sources: Volume) -> Volume:
         """The synthetic volume on the grid of the first source, in the target's unit, float32.
@@ -309,6 +311,7 @@ class Predictor:
         for start in range(0, len(wanted), size):
             around = wanted[start : start + size, None] + np.arange(-context, context + 1)
             index = np.clip(around, 0, len(sources[0].array) - 1)
+            self.watch(len(index))
             planes = [rule.normalise(volume.array[index]) for rule, volume in zip(rules, sources, strict=True)]
             yield torch.from_numpy(np.concatenate(planes, axis=1)).to(self.device)
 

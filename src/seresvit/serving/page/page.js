@@ -1,0 +1,583 @@
+// The page: images in, progress, views, downloads. The address after # is the job, so that a reload returns to it.
+import { openViewer } from "./viewer.js";
+
+const find = (selector, root = document) => root.querySelector(selector);
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+const MOST_FILES = 20_000;
+const SUFFIX = /\.(nii\.gz|nii|mha|nrrd|zip|dcm|ima|png|tiff?)$/i;
+const HIDDEN = /(^|\/)(\..*|__MACOSX\/.*|Thumbs\.db|desktop\.ini)$/i;
+
+let words = {};
+let language = "en";
+let models = [];
+let chosen = [];
+let screen = { name: "" };
+let viewer = null;
+let timer = 0;
+let pace = null;
+// What the files that were sent under a number are called here.
+let called = {};
+
+/** What went wrong: an HTTP status, 0 for no answer, and the server's line. */
+class Trouble extends Error {
+  constructor(status, detail = "") {
+    super(detail);
+    this.status = status;
+  }
+}
+
+// Words and numbers.
+
+function word(key, values = {}) {
+  const text = words[language]?.[key] ?? "";
+  return typeof text === "string" ? text.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "") : text;
+}
+
+const number = (value, places = 0) =>
+  value.toLocaleString(language, { minimumFractionDigits: places, maximumFractionDigits: places }).replace("-", "−");
+const named = (target) => target.replace(/(\d)keV/g, "$1 keV");
+const time = (iso) => new Date(iso).toLocaleString(language, { dateStyle: "medium", timeStyle: "short" });
+const say = (text) => (find("#told").textContent = text);
+
+function bytes(count) {
+  const power = Math.min(3, Math.floor(Math.log10(Math.max(count, 1)) / 3));
+  return `${number(count / 1000 ** power, power && count / 1000 ** power < 10 ? 1 : 0)} ${["B", "kB", "MB", "GB"][power]}`;
+}
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+function speak(chosenLanguage) {
+  language = chosenLanguage;
+  localStorage.setItem("language", language);
+  document.documentElement.lang = language;
+  for (const button of all("[data-language]")) button.setAttribute("aria-pressed", button.dataset.language === language);
+  const list = find("#viewer .keys dl");
+  list.replaceChildren(...word("keys_list").flatMap(([keys, does]) => [element("dt", {}, keys), element("dd", {}, does)]));
+  drawModels();
+  drawChosen();
+  render();
+  translate();
+  viewer?.relabel();
+}
+
+function translate() {
+  for (const one of all("[data-word]")) one.textContent = word(one.dataset.word, one.dataset);
+  for (const one of all("[data-label]")) one.setAttribute("aria-label", word(one.dataset.label));
+}
+
+// The server.
+
+async function ask(path, options = {}) {
+  const token = sessionStorage.getItem("token");
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, headers, cache: "no-store" });
+  } catch {
+    throw new Trouble(0);
+  }
+  if (answer.status === 401) {
+    await askToken(Boolean(token));
+    return ask(path, options);
+  }
+  if (!answer.ok) throw new Trouble(answer.status, detailOf(await answer.text()));
+  return answer;
+}
+
+/** A line of the server with the names that files have here, as long as the page that sent them is open. */
+const asCalled = (line) => line.replace(/\b\d{5}(\.[a-z.]*[a-z])?\b/g, (name) => called[name] ?? name);
+
+function detailOf(text) {
+  try {
+    const { detail } = JSON.parse(text);
+    return typeof detail === "string" ? detail : JSON.stringify(detail);
+  } catch {
+    return "";
+  }
+}
+
+let asking = null;
+function askToken(wrong) {
+  const dialog = find("#ask-token");
+  asking ??= new Promise((resolve) => {
+    find(".trouble", dialog).textContent = wrong ? word("token_wrong") : "";
+    find("#token").value = "";
+    dialog.showModal();
+    dialog.addEventListener("cancel", (event) => event.preventDefault());
+    find("form", dialog).onsubmit = () => {
+      sessionStorage.setItem("token", find("#token").value.trim());
+      asking = null;
+      resolve();
+    };
+  });
+  return asking;
+}
+
+/** Sends the files, numbered, since their own names may tell the patient; resolves to the answer's JSON. */
+function upload(model, files, progress, signal) {
+  const form = new FormData();
+  form.append("model", model);
+  called = {};
+  files.forEach(({ file, path }, index) => {
+    const name = String(index + 1).padStart(5, "0") + (path.match(SUFFIX)?.[0].toLowerCase() ?? "");
+    called[name] = path;
+    form.append("files", file, name);
+  });
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open("POST", "api/jobs");
+    const token = sessionStorage.getItem("token");
+    if (token) request.setRequestHeader("Authorization", `Bearer ${token}`);
+    request.upload.onprogress = (event) => progress(event.loaded, event.total);
+    request.onerror = () => reject(new Trouble(0));
+    request.onabort = () => reject(new Trouble(-1));
+    request.onload = () => {
+      if (request.status < 300) resolve(JSON.parse(request.responseText));
+      else reject(new Trouble(request.status, detailOf(request.responseText)));
+    };
+    signal.addEventListener("abort", () => request.abort());
+    request.send(form);
+  });
+}
+
+// What is given.
+
+async function filesIn(items) {
+  const entries = [...items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+  const found = [];
+  async function walk(entry) {
+    if (found.length > MOST_FILES) return;
+    const path = entry.fullPath.slice(1);
+    if (entry.isFile) {
+      found.push({ path, file: await new Promise((resolve, reject) => entry.file(resolve, reject)) });
+      return;
+    }
+    const reader = entry.createReader();
+    for (;;) {
+      // A reader gives a hundred at a time.
+      const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+      if (!some.length) return;
+      for (const one of some) await walk(one);
+    }
+  }
+  for (const entry of entries) await walk(entry);
+  return found;
+}
+
+function choose(found) {
+  const seen = found.filter(({ path }) => !HIDDEN.test(path));
+  seen.sort((a, b) => a.path.localeCompare(b.path, "en", { numeric: true }));
+  const key = seen.length > MOST_FILES ? "too_many" : found.length && !seen.length ? "none_found" : "";
+  chosen = key ? [] : seen;
+  refuse(key, { count: number(MOST_FILES) });
+  drawChosen();
+  if (chosen.length) {
+    say(find("#chosen .what").textContent);
+    find("#start [type=submit]").focus();
+  }
+}
+
+const listed = (input) => [...input.files].map((file) => ({ file, path: file.webkitRelativePath || file.name }));
+const refuse = (key, values) => (find("#refused").textContent = key && word(key, values));
+
+function drawChosen() {
+  const size = bytes(chosen.reduce((sum, { file }) => sum + file.size, 0));
+  const key = chosen.length === 1 ? "chosen_one" : "chosen";
+  find("#chosen").hidden = !chosen.length;
+  find("#chosen .what").textContent = chosen.length ? word(key, { count: number(chosen.length), size }) : "";
+  find("#drop").classList.toggle("filled", chosen.length > 0);
+}
+
+function drawModels() {
+  const before = find("[name=model]:checked")?.value;
+  find("#models .choices").replaceChildren(
+    ...models.map((model) => {
+      const radio = element("input", { type: "radio", name: "model", value: model.name });
+      radio.checked = model.name === (before ?? models[0].name);
+      const sources = (model.sources ?? []).join(", ");
+      const what = [word(sources ? "model_from" : "model_target", { sources: named(sources), target: named(model.target || "?") })];
+      if (model.context_slices) what.push(word("model_context", { count: number(2 * model.context_slices + 1) }));
+      return element("label", {}, radio, element("span", {}, element("b", {}, model.name), element("small", {}, what.join(" · "))));
+    }),
+  );
+}
+
+// One screen after another.
+
+/** Shows another screen, or the same with other contents; a heading that is new gets the focus. */
+function show(next) {
+  const moved = next.name !== screen.name;
+  if (moved && viewer) {
+    viewer.close();
+    viewer = null;
+    delete find("#viewer").dataset.ready;
+  }
+  screen = next;
+  render();
+  if (!moved) return;
+  for (const section of all("main > section")) section.hidden = section.id !== screen.name;
+  find(`#${screen.name} h1`).focus({ preventScroll: true });
+  scrollTo(0, 0);
+}
+
+function render() {
+  ({ work: renderWork, failed: renderFailed, result: renderResult })[screen.name]?.();
+  const title = find(`#${screen.name || "start"} h1`).textContent;
+  document.title = title ? `${title} · SE-ResViT` : "SE-ResViT";
+}
+
+function put(target, text) {
+  if (target.textContent !== text) target.textContent = text;
+}
+
+function renderWork() {
+  const { phase, done, total, position } = screen;
+  const bar = find("#work progress");
+  const step = { check: "upload", start: "queued" }[phase] ?? phase;
+  const steps = ["upload", "queued", "running", "done"];
+  for (const item of all("#work .steps li")) {
+    const place = Math.sign(steps.indexOf(item.dataset.step) - steps.indexOf(step));
+    item.className = { "-1": "past", 0: "now", 1: "" }[place];
+    if (place) item.removeAttribute("aria-current");
+    else item.setAttribute("aria-current", "step");
+  }
+  const detail = {
+    upload: () => word("uploaded", { done: bytes(done), total: bytes(total) }),
+    queued: () => word(["next", "before_one"][position] ?? "before", { count: number(position) }),
+    running: () => {
+      if (done >= total) return word("preparing");
+      return [word("slices_done", { done: number(done), total: number(total) }), left(done, total)].filter(Boolean).join(", ");
+    },
+  }[phase];
+  put(find("#work h1"), word(`working_${phase}`));
+  put(find("#work .detail"), detail && (total || phase === "queued") ? detail() : "");
+  if (total && phase !== "queued") bar.value = done / total;
+  else bar.removeAttribute("value");
+  find("#lost").hidden = !screen.lost;
+  put(find("#lost"), screen.lost ? word("lost") : "");
+}
+
+/** How long the rest takes at the pace since this page saw the first slice done. */
+function left(done, total) {
+  const now = performance.now();
+  if (!pace || done < pace.done) pace = { done, now };
+  if (done <= pace.done || done >= total) return "";
+  const seconds = (((now - pace.now) / (done - pace.done)) * (total - done)) / 1000;
+  return seconds < 90 ? word("left_s", { count: number(Math.ceil(seconds / 5) * 5) }) : word("left_min", { count: number(seconds / 60) });
+}
+
+function renderFailed() {
+  put(find("#failed h1"), word("failed_title"));
+  put(find("#failed .advice"), word(screen.key));
+  find("#failed .trouble").hidden = !screen.detail;
+  put(find("#failed .detail"), asCalled(screen.detail ?? ""));
+  find("#retry").hidden = !screen.retry;
+}
+
+function fail(trouble, retry) {
+  const keys = { 404: "failed_gone", 410: "failed_gone", 413: "failed_large", 429: "failed_full", 503: "failed_full", 0: "failed_net" };
+  const key = keys[trouble.status] ?? (trouble.status >= 500 ? "failed_server" : "failed_bad");
+  show({ name: "failed", key, detail: trouble.message, retry });
+}
+
+async function send() {
+  const model = find("[name=model]:checked")?.value;
+  if (!chosen.length) {
+    refuse("none_chosen");
+    return find("#pick-folder").focus();
+  }
+  const files = chosen;
+  const stopped = new AbortController();
+  const progress = (done, total) => {
+    if (screen.stop === stopped) show({ ...screen, phase: done < total ? "upload" : "check", done, total: done < total ? total : 0 });
+  };
+  show({ name: "work", phase: "upload", done: 0, total: 0, stop: stopped });
+  try {
+    const answer = await upload(model, files, progress, stopped.signal);
+    choose([]);
+    location.hash = answer.id;
+  } catch (trouble) {
+    if (trouble.status === -1) show({ name: "start" });
+    else if (trouble.status === 401) {
+      show({ name: "start" });
+      await askToken(Boolean(sessionStorage.getItem("token")));
+      await send();
+    } else fail(trouble, send);
+  }
+}
+
+async function follow(id) {
+  clearTimeout(timer);
+  if (id !== location.hash.slice(1)) return;
+  let wait = 700;
+  try {
+    const job = await (await ask(`api/jobs/${id}`)).json();
+    if (id !== location.hash.slice(1)) return;
+    if (job.state === "done") return openResult(job);
+    if (job.state === "failed") return show({ name: "failed", key: "failed_job", detail: job.message });
+    if (job.state === "cancelled") return show({ name: "failed", key: "failed_cancelled" });
+    if (job.state !== "running") pace = null;
+    const { done, total, position } = job;
+    show({ name: "work", phase: job.state, done, total, position, id });
+  } catch (trouble) {
+    if (id !== location.hash.slice(1)) return;
+    if (trouble.status && trouble.status !== 502 && trouble.status !== 503) return fail(trouble);
+    show({ name: "work", phase: "start", ...screen, id, lost: true });
+    wait = 3000;
+  }
+  timer = setTimeout(follow, wait, id);
+}
+
+// The result.
+
+async function openResult(job) {
+  show({ name: "result", job });
+  const retry = () => openResult(job);
+  let told = null;
+  try {
+    told = await (await ask(`api/jobs/${job.id}/view`)).json();
+  } catch (trouble) {
+    if (trouble.status === 404) undrawn("");
+    else return fail(trouble, retry);
+  }
+  if (screen.job !== job) return;
+  screen.told = told;
+  render();
+  find("#viewer").hidden = !told;
+  if (!told) return;
+  const fetched = async (file) => (await ask(`api/jobs/${job.id}/view/${file}`)).arrayBuffer();
+  try {
+    find("#viewer").classList.add("loading");
+    const opened = await openViewer(told, { fetched, word, number, changed: drawShares, say });
+    if (screen.job !== job) return opened.close();
+    viewer = opened;
+    translate();
+    find("#viewer").dataset.ready = "yes";
+  } catch (error) {
+    undrawn(error instanceof Trouble ? word("failed_net") : error.message);
+  } finally {
+    find("#viewer").classList.remove("loading");
+  }
+}
+
+function undrawn(reason) {
+  find("#undrawn").hidden = !reason;
+  find("#undrawn").textContent = reason && word("undrawn", { reason });
+  for (const part of all("#viewer .controls, #viewer .views, #viewer .place, #viewer .colours, #viewer .keys")) part.hidden = Boolean(reason);
+}
+
+function renderResult() {
+  const { job, told } = screen;
+  put(find("#result h1"), job.target ? word("result_title", { target: named(job.target) }) : word("result_title_bare"));
+  const facts = [
+    job.model && word("fact_model", { name: job.model }),
+    job.num_slices && word(job.num_slices === 1 ? "fact_slices_one" : "fact_slices", { count: number(job.num_slices) }),
+    job.finished && word("fact_made", { time: time(job.finished) }),
+  ];
+  put(find("#result .facts"), facts.filter(Boolean).join(" · "));
+  const warnings = job.warnings?.length
+    ? job.warnings.map((line) => element("li", { class: "warns", lang: "en" }, element("span", { "aria-hidden": "true" }, "⚠"), element("span", {}, asCalled(line))))
+    : [element("li", {}, word("warnings_none"))];
+  find("#warnings ul").replaceChildren(...warnings);
+  put(find("#downloads .expires"), job.expires ? word("expires", { time: time(job.expires) }) : "");
+  if (!told) return;
+  const formats = told.format === "dicom" ? ["dicom", "nifti"] : told.format === "nifti" ? ["nifti"] : ["native", "nifti"];
+  find("#downloads .act").replaceChildren(
+    ...formats.map((format) => {
+      const button = element("button", { type: "button", class: format === formats[0] ? "main" : "" });
+      button.textContent = word(`download_${format}`, { format: told.format === "itk" ? "MHA, NRRD" : told.format.toUpperCase() });
+      button.addEventListener("click", () => save(job.id, format));
+      return button;
+    }),
+  );
+  const parts = [];
+  if (told.averaged > 1) parts.push(word("averaged", { count: told.averaged }));
+  if (!told.oriented) parts.push(word("not_axial"));
+  if (!told.images.difference) parts.push(word("no_difference"));
+  put(find("#viewer .part"), parts.join(" "));
+  find("#viewer .part").hidden = !parts.length;
+  drawGates(told);
+}
+
+async function save(id, format) {
+  const line = find("#saving");
+  line.textContent = word("saving");
+  try {
+    const answer = await ask(`api/jobs/${id}/result?format=${format}`);
+    const told = answer.headers.get("Content-Disposition")?.match(/filename="?([^";]+)"?/)?.[1];
+    const name = told ?? { dicom: "synthetic.zip", nifti: "synthetic.nii.gz" }[format] ?? "synthetic";
+    const link = element("a", { href: URL.createObjectURL(await answer.blob()), download: name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+    line.textContent = word("saved", { name });
+  } catch (trouble) {
+    line.textContent = word("unsaved", { reason: trouble.message || word("failed_net") });
+  }
+}
+
+// The gates: a bar a branch for the slice at hand, and both branches over all slices.
+
+const title = (block) => block.replace("art_", "ART ");
+const share = (value) => number(value, 3);
+const LEAST_SPAN = 0.02;
+const SVG = "http://www.w3.org/2000/svg";
+
+function drawGates(told) {
+  const blocks = Object.entries(told.gates ?? {});
+  const none = { concat: "gates_none_concat" }[told.fusion] ?? (told.maps ? "gates_none_maps" : "gates_none");
+  const key = blocks.length ? "gates_lead" : told.gates ? none : "gates_unknown";
+  const lead = find("#gates .note");
+  lead.textContent = word(key, { highest: number(told.highest_gate ?? 1), fusion: told.fusion });
+  delete lead.dataset.word;
+  find("#gates .blocks").replaceChildren(...blocks.map(([block, branches]) => gateFigure(block, branches, told.highest_gate)));
+  drawShares(screen.slice ?? 0);
+}
+
+function gateFigure(block, branches, highest) {
+  const bars = Object.keys(branches).map((branch) => {
+    const label = word("share_label", { block: title(block), branch: word(branch) });
+    const meter = element("span", { class: "meter", role: "meter", "aria-valuemin": 0, "aria-valuemax": highest, "aria-label": label }, element("i"));
+    return element("div", { class: `share ${branch}`, "data-block": block, "data-branch": branch }, element("span", {}, word(branch)), meter, element("output"));
+  });
+  return element("div", { class: "block" }, element("h3", {}, title(block)), ...bars, ...chart(block, branches));
+}
+
+function chart(block, branches) {
+  const values = Object.values(branches).flat();
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const count = branches.cnn.length;
+  if (count < 2) return [];
+  // Gates that hardly move are to look so.
+  const span = Math.max(high - low, LEAST_SPAN);
+  const middle = (low + high) / 2;
+  const svg = document.createElementNS(SVG, "svg");
+  const ends = (branch) => [share(Math.min(...branches[branch])), share(Math.max(...branches[branch]))];
+  const [[t_low, t_high], [c_low, c_high]] = [ends("transformer"), ends("cnn")];
+  const attributes = { viewBox: "0 0 300 64", preserveAspectRatio: "none", role: "img", class: "chart" };
+  attributes["aria-label"] = word("chart_label", { block: title(block), t_low, t_high, c_low, c_high });
+  for (const [name, value] of Object.entries(attributes)) svg.setAttribute(name, value);
+  for (const [branch, line] of Object.entries(branches)) {
+    const path = document.createElementNS(SVG, "polyline");
+    path.setAttribute("class", branch);
+    path.setAttribute("points", line.map((y, x) => `${(300 * x) / (count - 1)},${32 - (56 * (y - middle)) / span}`).join(" "));
+    svg.append(path);
+  }
+  const here = document.createElementNS(SVG, "line");
+  for (const [name, value] of Object.entries({ class: "here", y1: 0, y2: 64 })) here.setAttribute(name, value);
+  svg.append(here);
+  return [svg, element("p", { class: "note" }, word("over_slices", { low: share(low), high: share(high) }))];
+}
+
+function drawShares(slice) {
+  screen.slice = slice;
+  const gates = screen.told?.gates ?? {};
+  for (const row of all("#gates .share")) {
+    const value = gates[row.dataset.block][row.dataset.branch][slice];
+    const meter = find(".meter", row);
+    meter.setAttribute("aria-valuenow", value.toFixed(3));
+    meter.firstChild.style.width = `${(100 * value) / screen.told.highest_gate}%`;
+    find("output", row).textContent = share(value);
+  }
+  const last = Math.max(1, (screen.told?.slices.length ?? 2) - 1);
+  for (const line of all("#gates .here")) for (const x of ["x1", "x2"]) line.setAttribute(x, (300 * slice) / last);
+}
+
+// Start.
+
+function route() {
+  clearTimeout(timer);
+  pace = null;
+  const id = location.hash.slice(1);
+  if (!id) return show({ name: "start" });
+  if (!/^[0-9a-f]{32}$/.test(id)) return show({ name: "failed", key: "failed_gone" });
+  show({ name: "work", phase: "start", id });
+  follow(id);
+}
+
+async function loadModels() {
+  try {
+    models = await (await ask("api/models")).json();
+    drawModels();
+  } catch (trouble) {
+    if (!location.hash) fail(trouble, () => (show({ name: "start" }), loadModels()));
+  }
+}
+
+function leave() {
+  if (location.hash) location.hash = "";
+  else route();
+}
+
+function connect() {
+  for (const button of all("[data-language]")) button.addEventListener("click", () => speak(button.dataset.language));
+  for (const [button, input] of [["#pick-folder", "#folder"], ["#pick-files", "#files"]]) {
+    find(button).addEventListener("click", () => find(input).click());
+    find(input).addEventListener("change", (event) => {
+      choose(listed(event.target));
+      event.target.value = "";
+    });
+  }
+  let inside = 0;
+  const light = () => find("#drop").classList.toggle("over", inside > 0);
+  addEventListener("dragenter", () => (inside++, light()));
+  addEventListener("dragleave", () => (inside--, light()));
+  // A drop beside the frame must not make the browser leave the page.
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", async (event) => {
+    event.preventDefault();
+    inside = 0;
+    light();
+    if (screen.name === "start") choose(await filesIn(event.dataTransfer.items));
+  });
+  find("#start form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    send();
+  });
+  find("#clear").addEventListener("click", () => {
+    choose([]);
+    find("#pick-folder").focus();
+  });
+  find("#cancel").addEventListener("click", async () => {
+    if (screen.stop) return screen.stop.abort();
+    try {
+      await ask(`api/jobs/${screen.id}`, { method: "DELETE" });
+      follow(screen.id);
+    } catch (trouble) {
+      fail(trouble, () => follow(location.hash.slice(1)));
+    }
+  });
+  find("#again").addEventListener("click", leave);
+  find("#other").addEventListener("click", leave);
+  find("#retry").addEventListener("click", () => screen.retry());
+  find("#erase").addEventListener("click", () => {
+    const dialog = find("#ask-erase");
+    dialog.returnValue = "no";
+    dialog.showModal();
+  });
+  find("#ask-erase").addEventListener("close", async (event) => {
+    if (event.target.returnValue !== "yes") return;
+    try {
+      await ask(`api/jobs/${screen.job.id}`, { method: "DELETE" });
+      leave();
+    } catch (trouble) {
+      fail(trouble);
+    }
+  });
+  addEventListener("hashchange", route);
+}
+
+async function start() {
+  words = await (await fetch("static/words.json")).json();
+  connect();
+  const known = localStorage.getItem("language") ?? navigator.language.slice(0, 2);
+  speak(known in words ? known : "en");
+  route();
+  await loadModels();
+}
+
+start();
