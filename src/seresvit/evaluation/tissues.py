@@ -1,4 +1,4 @@
-"""What counts as which tissue, what its region is called, and how it is looked at: the same for every table and page."""
+"""What counts as which tissue, what its region is called and how it is looked at, for every table and page."""
 
 import numpy as np
 
