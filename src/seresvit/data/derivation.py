@@ -20,7 +20,7 @@ from pydicom.valuerep import format_number_as_ds
 from seresvit import __version__
 from seresvit.data.dicom import text_of
 from seresvit.data.mark import WORD, Mark, lettering
-from seresvit.data.volume import Volume, energy_kev_in
+from seresvit.data.volume import Volume, energy_kev_in, room
 
 
 def _tags(keywords: str) -> set[BaseTag]:
@@ -114,7 +114,7 @@ def derivation_of(
         intercept = format_number_as_ds(low)
     soft_tissue = (40.0 - 200, 40.0 + 200)
     dim, bright = soft_tissue if as_ct else map(float, np.percentile(array, (1, 99)))
-    stored = np.empty(array.shape, dtype)
+    stored = room(array.shape, dtype)
     for plane, values in zip(stored, array, strict=True):
         steps = np.rint((values.astype(np.float64) - float(intercept)) / float(slope))
         plane[:] = steps.clip(np.iinfo(dtype).min, np.iinfo(dtype).max)

@@ -64,7 +64,7 @@ def write_derived(
         raise DataError(
             f"{volume.path}: needs one DICOM header a slice, found {len(headers)} for {count}; read DICOM first"
         )
-    if bad := int((~np.isfinite(volume.array)).sum()):
+    if bad := sum(int((~np.isfinite(plane)).sum()) for plane in volume.array):
         raise DataError(f"{volume.path}: values must be finite, found {bad} that are not; nothing was written")
     if (found := volume.array.shape[1:]) != (size := (headers[0].Rows, headers[0].Columns)):
         raise DataError(f"{volume.path}: slices must be {size} as in the source, found {found}; resample first")

@@ -21,7 +21,7 @@ from pydicom.config import disable_value_validation
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_modality_lut
 
-from seresvit.data.volume import DataError, Unit, Volume, energy_kev_in
+from seresvit.data.volume import DataError, Unit, Volume, energy_kev_in, room
 
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 # Objects with pixels that are no image; those without pixels are told by that.
@@ -129,7 +129,7 @@ def read_series(folder: Path, pixels: bool = True) -> Volume:
         first = frames[0].header
         shape = (len(frames), int(first.Rows), int(first.Columns))
         array = _read_pixels(frames, shape) if pixels else np.broadcast_to(np.float32(0), shape)
-    if pixels and not np.isfinite(array).all():
+    if pixels and not all(np.isfinite(plane).all() for plane in array):
         raise DataError(f"{folder}: values must be finite after the rescale; check RescaleSlope and RescaleIntercept")
     return Volume(
         array=array,
@@ -383,7 +383,7 @@ def _read_pixels(frames: list[Frame], shape: tuple[int, int, int]) -> np.ndarray
     places: dict[File, list[int]] = {}
     for place, frame in enumerate(frames):
         places.setdefault(frame.path, []).append(place)
-    array = np.empty(shape, np.float32)
+    array = room(shape)
     for file, here in places.items():
         with _told_in_one_line(file):
             dataset = read_object(file, pixels=True)

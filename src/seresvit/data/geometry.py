@@ -29,7 +29,7 @@ def resampled(volume: Volume, grid: Volume, interpolation: Interpolation) -> tup
     Raises DataError: different frames of reference, PNG (which has no place in space), "bspline" of uneven slices.
     """
     if _lies_on(volume, grid):
-        return volume, np.ones(volume.array.shape, dtype=bool)
+        return volume, np.broadcast_to(np.True_, volume.array.shape)
     _check_comparable(volume, grid, interpolation)
     order, lowest, highest = ORDERS[interpolation], volume.array.min(), volume.array.max()
     values = ndimage.spline_filter(volume.array, order, np.float32, "mirror") if order > 1 else volume.array

@@ -9,12 +9,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 Unit = Literal["HU", "arbitrary", "uint8"]
 
@@ -22,6 +23,8 @@ Unit = Literal["HU", "arbitrary", "uint8"]
 # Deflate cannot compress more than 1032 times (RFC 1951: 258 bytes in 2 bits).
 MOST_DEFLATED = 1032
 ROOM_FOR_HEADER = 2**20
+# Arrays above this many bytes lie on disk, from where the system takes into memory what is looked at.
+MOST_IN_MEMORY = 2**28
 
 
 class DataError(ValueError):
@@ -110,6 +113,20 @@ def check_claim(path: Path, shape: tuple[int, ...], itemsize: int, most: int) ->
     claimed = itemsize * int(np.prod([int(n) for n in shape], dtype=object))
     if claimed <= 0 or claimed > most + ROOM_FOR_HEADER:
         raise DataError(f"{path}: {shape} voxels need {claimed} bytes, more than the file can hold; copy it again")
+
+
+def room(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
+    """An array to be filled; a large one in a file without a name in TMPDIR, which is gone with the array.
+
+    So the memory that must be there for a long series is that of a short one. Where the disk has no room for it, it
+    lies in memory.
+    """
+    num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if num_bytes > MOST_IN_MEMORY and hasattr(os, "posix_fallocate"):
+        with suppress(OSError), tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # else a disk that fills up later ends the process
+            return np.memmap(file, dtype, "r+", shape=shape)
+    return np.empty(shape, dtype)
 
 
 @contextmanager

@@ -92,8 +92,10 @@ def mean_and_spread(members: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarr
     for member in members:
         count += 1
         if count == 1:
-            mean, squares = member.astype(np.float32), np.zeros(member.shape, np.float32)
+            mean = member
             continue
+        if count == 2:
+            mean, squares = mean.astype(np.float32), np.zeros(member.shape, np.float32)
         difference = member - mean
         mean += difference / count
         squares += difference * (member - mean)

@@ -18,7 +18,7 @@ from seresvit.config import ConfigError, DataSettings, Interpolation
 from seresvit.data.bias import without_bias
 from seresvit.data.geometry import BACKGROUND, at_spacing, resampled
 from seresvit.data.intensity import MASKED_SHARE, Intensity, intensity_of
-from seresvit.data.volume import DataError, Volume, energy_kev_in, same_grid
+from seresvit.data.volume import DataError, Volume, energy_kev_in, room, same_grid
 from seresvit.model import checkpoint, familiarity
 from seresvit.model.fusion import record_gates
 from seresvit.synthesis import backends
@@ -145,17 +145,21 @@ class Predictor:
             if self.members.tiles:
                 height, width = predictor.header["train_size"]
                 run = torch.inference_mode()(tiled(run, (height, width), settings.stride, predictor.net))
-            target = predictor.target_intensity(trained[0])
             for plane in PLANES if self.members.planes else PLANES[:1]:
                 views = tuple(turned(volume, plane) for volume in trained)
                 for synthesise in (run, flipped(run)) if self.members.flips else (run,):
-                    parts = [synthesise(batch).float().cpu().numpy() for batch in predictor.batches(*views)]
-                    values = np.concatenate(parts)[:, 0]
-                    if not np.isfinite(values).all():
-                        raise DataError(
-                            f"{trained[0].path}: the network gave values that are not finite; check {predictor.path}"
-                        )
-                    yield target.restore(turned_back(values, plane))
+                    yield turned_back(predictor._values(synthesise, views), plane)
+
+    def _values(self, synthesise: backends.Run, views: tuple[Volume, ...]) -> np.ndarray:
+        """What `synthesise` gives for all slices of the views, (Z, Y, X) in the target's unit."""
+        target, values, done = self.target_intensity(views[0]), room(views[0].array.shape), 0
+        for batch_BCHW in self.batches(*views):
+            synthetic_BYX = synthesise(batch_BCHW).float().cpu().numpy()[:, 0]
+            if not np.isfinite(synthetic_BYX).all():
+                raise DataError(f"{views[0].path}: the network gave values that are not finite; check {self.path}")
+            values[done : done + len(synthetic_BYX)] = target.restore(synthetic_BYX)
+            done += len(synthetic_BYX)
+        return values
 
     def _fit_backend(self, trained: tuple[Volume, ...]) -> tuple[backends.Backend, dict[str, Any]]:
         """The first backend that passes on this study, and what `with_record` says of it.
