@@ -147,6 +147,7 @@ def compared(asked: argparse.Namespace, path: Path, device: torch.device, size: 
         ]
         row += [interval(faster), share, "–" if name == EAGER_CONCAT else f"{apart_hu:.2g}"]
         rows.append([f"{size}²", str(batch), name, *row, mib[name]])
+        print(" · ".join(rows[-1]), flush=True)  # in case that it is stopped before the table
     return rows
 
 

@@ -154,7 +154,6 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}; our precision {precision_of(load_config(None))}\n")
     print("| size | batch | variant | images/s, median | range | peak MiB |\n" + "|---" * 6 + "|")
-    comparisons = []
     for size in map(int, asked.sizes.split(",")):
         for batch in map(int, asked.batches.split(",")):
             seconds, mib = measured(asked, size, batch)
@@ -164,8 +163,7 @@ def main() -> None:
                 print("| " + " | ".join([str(size), str(batch), variant, *row, held]) + " |", flush=True)
             for one, other, words in PAIRS:
                 if {one, other} <= seconds.keys():
-                    comparisons.append(f"{size}, batch {batch}: {words} {paired(seconds[one], seconds[other])}")
-    print("\n" + "\n".join(comparisons))
+                    print(f"{size}, batch {batch}: {words} {paired(seconds[one], seconds[other])}", flush=True)
 
 
 if __name__ == "__main__":
