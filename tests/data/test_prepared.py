@@ -18,7 +18,7 @@ import pytest
 from seresvit.config import DataSettings
 from seresvit.data import prepared
 from seresvit.data.prepared import prepare, read_labels, read_slice
-from seresvit.data.volume import DataError
+from seresvit.data.volume import ABANDONED_AFTER_S, DataError
 
 CT = DataSettings(window_hu=(-1000, 1000), flip=False)
 PREPARE = """
@@ -244,7 +244,7 @@ def test_leftovers_of_killed_processes_are_removed_in_time(manifest):
     for path in (old, recent):
         path.mkdir()
         (path / "half.npy").write_bytes(b"half")
-    os.utime(old, (time.time() - 2 * prepared.ABANDONED_AFTER_S,) * 2)
+    os.utime(old, (time.time() - 2 * ABANDONED_AFTER_S,) * 2)
     prepare(manifest, CT)
     assert recent.is_dir() and not old.exists()
 

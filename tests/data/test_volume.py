@@ -2,13 +2,17 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from seresvit.data.volume import DataError, Volume, same_grid, written_whole
+from seresvit.data.volume import ABANDONED_AFTER_S, DataError, Volume, remove_abandoned, same_grid, written_whole
 
 AFFINE = np.array([[0.8, 0, 0, -10], [0, 0.9, 0, -20], [0, 0, 2.5, 30], [0, 0, 0, 1.0]])
 VOLUME = Volume(np.zeros((3, 5, 7), np.float32), AFFINE, np.array([30, 32.5, 35]), "HU", Path("a"), "nifti")
@@ -66,6 +70,35 @@ def test_an_error_leaves_the_older_file_and_no_trace(tmp_path):
         temporary.write_text("half")
         raise KeyError
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("f.txt", "old")]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    script = (
+        "import pathlib, sys, time\n"
+        "from seresvit.data.volume import written_whole\n"
+        "with written_whole(pathlib.Path(sys.argv[1]) / 'case') as temporary:\n"
+        "    temporary.mkdir(); (temporary / 'half').write_text('half')\n"
+        "    print('written', flush=True); time.sleep(600)\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    assert writer.stdout.readline() == b"written\n"
+    with written_whole(tmp_path / "mine") as temporary:
+        temporary.write_text("whole")
+        remove_abandoned(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 2 and temporary.exists()
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert len(list(tmp_path.glob(".writing-*/case/half"))) == 1
+    remove_abandoned(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_has_no_lock_is_removed_a_day_later(tmp_path):
+    for name in (".writing-old", ".writing-new"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / ".writing-old", (time.time() - 2 * ABANDONED_AFTER_S,) * 2)
+    remove_abandoned(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".writing-new"]
 
 
 def test_an_unwritable_place_is_named_in_one_line(tmp_path):

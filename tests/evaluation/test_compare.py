@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from seresvit.cli import app
@@ -226,6 +227,15 @@ def test_tables_curves_and_costs(whole):
         assert row["step_ms"] > row["predict_ms"] > 0
     assert costs["se"]["gflops"] > costs["concat"]["gflops"]
     assert render_table(compared).row_count == 2
+
+
+def test_the_curves_figure_has_a_unit_and_does_not_flatten_the_end(whole, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(comparing, "Figure", lambda **more: drawn.append(Figure(**more)) or drawn[-1])
+    comparing._plot(pd.read_csv(whole[0].out / "curves.csv"), whole[0], tmp_path / "curves.png")
+    (axis,) = drawn[0].axes
+    assert axis.get_ylabel() == "MAE in validation [HU]" and axis.get_yscale() == "log"
+    assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
 def test_ratio_of_times_that_are_known():

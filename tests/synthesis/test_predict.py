@@ -127,6 +127,28 @@ def test_a_failed_case_does_not_stop_the_others(predictor, patients, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["P002_125keV", "P003_110keV", "P003_125keV"]
 
 
+def test_a_folder_that_may_not_be_replaced_fails_its_case_alone(predictor, patients, tmp_path):
+    taken = tmp_path / "out" / "P002_110keV"
+    taken.mkdir(parents=True)
+    (taken / "notes.txt").write_text("mine")
+    failures = predict_manifest(predictor, patients / "manifest.csv", tmp_path / "out")
+    assert [failure.name for failure in failures] == ["P002_110keV"]
+    assert "no earlier prediction" in failures[0].reason and "\n" not in failures[0].reason
+    assert (taken / "notes.txt").read_text() == "mine" and len(list(taken.iterdir())) == 1
+    assert len(list((tmp_path / "out").glob("*/prediction.json"))) == 3
+
+
+def test_what_a_killed_prediction_left_is_removed_by_the_next(predictor, patients, tmp_path):
+    for parent in (tmp_path / "out", tmp_path):
+        left = parent / ".writing-killed" / "P002_110keV"
+        left.mkdir(parents=True)
+        (left.parent / ".lock").touch()  # held by nobody
+    predict_manifest(predictor, patients / "manifest.csv", tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".writing-*"))
+    predict_path(predictor, patients / "dicom" / "110keV" / "P001", tmp_path / "one")
+    assert not list(tmp_path.glob(".writing-*"))
+
+
 def test_a_source_unlike_the_training_is_doubted_and_the_record_says_so(predictor, patients, tmp_path):
     trained_on, other = (read_volume(patients / f"dicom/{kev}keV/P001") for kev in (110, 125))
     assert predictor.doubts(trained_on) == []

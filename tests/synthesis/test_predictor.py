@@ -17,6 +17,7 @@ from seresvit.data.prepared import prepare
 from seresvit.data.volume import DataError
 from seresvit.model import checkpoint, familiarity
 from seresvit.model.generator import Generator
+from seresvit.synthesis import backends
 from seresvit.synthesis import calibrate as calibrating
 from seresvit.synthesis import predictor as predicting
 from seresvit.synthesis.calibrate import calibrate
@@ -89,6 +90,26 @@ def test_flips_and_checkpoints_are_averaged_and_the_spread_is_their_deviation(pa
     np.testing.assert_allclose(spread.array, members.std(axis=0, ddof=1), atol=0.02)
     np.testing.assert_array_equal(together(source).array, mean.array)
     assert spread.array.mean() > 1 and Predictor(path, "cpu").with_spread(source)[1] is None
+
+
+def test_an_ensemble_records_what_every_member_ran_on(path, source, tmp_path, monkeypatch):
+    """The second checkpoint's fast backend gives another image than torch, so that it falls back to torch."""
+    other = saved(tmp_path / "other.safetensors", seed=1)
+    together = Predictor(path, "cpu", backend="auto", members=Members(checkpoints=(other,)))
+    shifts = {one.checkpoint_sha256: shift for one, shift in zip(together.ensemble, (1e-5, 1.0), strict=True)}
+
+    def started(name, network, device, sha256):
+        shift = 0.0 if name == "torch" else shifts[sha256]
+        return backends.Backend(name, f"{name} 1", torch.inference_mode()(lambda image: network(image) + shift))
+
+    monkeypatch.setattr(backends, "started", started)
+    for one in together.ensemble:
+        one.names = ["openvino", "torch"]
+    _, _, record = together.with_spread(source)
+    assert record["member_backends"] == ["openvino", "torch"] and record["backend"] == "openvino+torch"
+    assert (record["precision"], record["backend_version"]) == ("float32", "openvino 1+torch 1")
+    assert 0 < record["parity"]["largest"] < 0.1 and len(record["dropped"]) == 1
+    assert "member_backends" not in Predictor(path, "cpu").with_record(source)[1]
 
 
 def test_a_network_that_changes_nothing_gives_the_source_by_every_plane_and_tile(path, source):

@@ -10,10 +10,8 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,7 @@ from seresvit.config import DataSettings
 from seresvit.data.intensity import Intensity, intensity_of, shown_in
 from seresvit.data.pair import Pair, load_pair
 from seresvit.data.pairing import Case, content_hash, image_files, image_hash, load_channels, read_manifest
-from seresvit.data.volume import DataError, written_whole
+from seresvit.data.volume import DataError, remove_abandoned, written_whole
 from seresvit.data.workers import mapping
 
 INDEX, HASHES = "index.json", "hashes.json"
@@ -36,7 +34,6 @@ NOT_STORED = {"context_slices", "min_foreground", "flip", "max_rotation_deg", "m
 WORKERS_FROM_BYTES = 2**26
 # Two changes within one tick of a file system's clock look like one: a hash so fresh is not remembered.
 SETTLED_AFTER_NS = 2 * 10**9
-ABANDONED_AFTER_S = 24 * 3600
 
 Group = tuple[Case, ...]  # the cases read together: one, or a patient's channels
 Known = dict[str, dict[str, Any]]  # image path → its stamp and, under that stamp, its hash
@@ -103,7 +100,8 @@ def prepare(
     started_ns = time.time_ns()
     groups = load_channels(read_manifest(manifest), data.channels)
     folder = manifest.absolute().parent / "prepared" / _fingerprint(data, masks)
-    _remove_abandoned(folder)
+    for place in (folder.parent, folder):
+        remove_abandoned(place)
     stamps = {image: _stamp(image) for image in sorted({image for group in groups for image in _images(group)})}
     remembered: Known = _read_json(folder.parent / HASHES)
     known = {image: remembered[image] for image, s in stamps.items() if remembered.get(image, {}).get("stamp") == [*s]}
@@ -253,14 +251,6 @@ def _update_json(path: Path, content: dict[str, Any]) -> None:
     if _read_json(path) != content:
         with written_whole(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left half-written, long after any living one would have finished it."""
-    for path in (*folder.parent.glob(".writing-*"), *folder.glob(".writing-*")):
-        with suppress(FileNotFoundError):  # a living one has just finished
-            if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def slices_of(store: Prepared, split: str, min_foreground: float = 0.0) -> list[tuple[PreparedCase, int]]:

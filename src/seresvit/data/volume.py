@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import DTypeLike
 
 Unit = Literal["HU", "arbitrary", "uint8"]
@@ -25,6 +27,9 @@ MOST_DEFLATED = 1032
 ROOM_FOR_HEADER = 2**20
 # Arrays above this many bytes lie on disk, from where the system takes into memory what is looked at.
 MOST_IN_MEMORY = 2**28
+# Of what is being written: the beginning of its folder's name, and the lock in it.
+WRITING, LOCK = ".writing-", ".lock"
+ABANDONED_AFTER_S = 24 * 3600
 
 
 class DataError(ValueError):
@@ -135,14 +140,17 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     The temporary name keeps the suffixes, since writers choose their format by them. Works for a file or a folder
     (make the folder inside the block); what stood at `path` is replaced. Raises DataError when it cannot be written.
+    What a killed process leaves behind, `remove_abandoned` knows by the lock that nobody holds any more.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=WRITING, dir=path.parent))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder or free it") from None
-    temporary = folder / path.name
+    temporary, lock = folder / path.name, FileLock(folder / LOCK)
     try:
+        with suppress(OSError, NotImplementedError):  # a file system without locks
+            lock.acquire(timeout=0)
         yield temporary
         if temporary.is_file():
             with open(temporary, "rb") as file:
@@ -158,4 +166,20 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None
     finally:
+        lock.release()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`, and nothing that one still writes.
+
+    That is what nobody holds the lock of, on this machine or another; and what has no lock, as from a file system that
+    knows none, a day after it was last touched.
+    """
+    for path in folder.glob(f"{WRITING}*"):
+        with suppress(OSError, NotImplementedError):  # a living one has just finished, or it cannot be told
+            if (path / LOCK).exists():
+                with suppress(Timeout), FileLock(path / LOCK, timeout=0):
+                    shutil.rmtree(path, ignore_errors=True)
+            elif time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
+                shutil.rmtree(path, ignore_errors=True)

@@ -12,9 +12,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
-from seresvit.evaluation.figures import COLOURS, MARKERS, STYLE, literal
+from seresvit.evaluation.figures import COLOURS, MARKERS, STYLE, literal, log_scale
 from seresvit.evaluation.metrics import main_metrics
 from seresvit.evaluation.page import data_url
 from seresvit.evaluation.regions import LIMITS_OF_AGREEMENT_SD
@@ -49,7 +48,7 @@ def learning_curves(log: pd.DataFrame, unit: str) -> str:
         begins = log.loc[log["stage"] == 1, "seen"].max() if log["stage"].nunique() > 1 else None
         for axis in (left, right):
             _images_seen(axis)
-            _log_scale(axis)
+            log_scale(axis)
             if begins is not None:
                 axis.axvline(begins, color="#aab2b9", linewidth=1, linestyle=":")
                 axis.text(begins, 0.03, " stage 2", transform=axis.get_xaxis_transform(), fontsize=8, color=QUIET)
@@ -218,7 +217,7 @@ def compared_curves(curves: pd.DataFrame, unit: str) -> str:
                 drawn = run.dropna(subset=["val_mae"])
                 axis.plot(drawn["images"], drawn["val_mae"], linewidth=1.2, markersize=4, **style)
             axis.set_title(f"Stage {stage}", loc="left")
-            _log_scale(axis)
+            log_scale(axis)
             _images_seen(axis)
             handles = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
             axis.legend(handles.values(), handles.keys(), fontsize=8)
@@ -236,14 +235,6 @@ def _images_seen(axis: Axes) -> None:
     axis.set_xlabel("images seen")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.locator_params(axis="x", nbins=6)
-
-
-def _log_scale(axis: Axes) -> None:
-    """What the first images of a training lose would flatten all that follow."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _with_unit(words: str, unit: str) -> str:

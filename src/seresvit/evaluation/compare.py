@@ -19,7 +19,7 @@ from rich.table import Table
 
 from seresvit.data.volume import DataError, written_whole
 from seresvit.evaluation import cost
-from seresvit.evaluation.figures import COLOURS, STYLE
+from seresvit.evaluation.figures import COLOURS, STYLE, log_scale
 from seresvit.evaluation.metrics import HIGHER_IS_BETTER
 from seresvit.evaluation.statistics import ALPHA, Difference, holm, seeds_and_patients_difference, sentence
 from seresvit.evaluation.tables import METHODS, digits_of, shown_name, unit_of
@@ -394,7 +394,8 @@ def _plot(curves: pd.DataFrame, comparison: Comparison, path: Path) -> None:
             label = "stage 1, shared" if fusion == ALL_FUSIONS else str(fusion)
             axis.plot(mean.index, mean, line, color=colour, linewidth=1.8, label=label)
         axis.set_xlabel("images seen")
-        axis.set_ylabel(f"MAE in validation {unit_of(MAIN, comparison.protocol)}".strip())
-        axis.set_ylim(bottom=0)
+        unit = unit_of(MAIN, comparison.protocol)
+        axis.set_ylabel(f"MAE in validation{f' [{unit}]' if unit else ''}")
+        log_scale(axis)
         axis.legend(ncols=2)
         figure.savefig(path, dpi=150)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.font_manager import fontManager
+from matplotlib.ticker import LogLocator, NullLocator
 
 # Okabe and Ito, Color Universal Design, 2008; sources differ by marker too, for print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -30,3 +32,11 @@ STYLE: dict[Any, Any] = {
 def literal(name: str) -> str:
     """The name as it is, for Matplotlib, which would read a formula between its dollars."""
     return name.replace("$", r"\$")
+
+
+def log_scale(axis: Axes) -> None:
+    """Of a training: what its first images lose would flatten all that follow."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_locator(NullLocator())

@@ -50,7 +50,7 @@ def draw_shares(images: pd.DataFrame, correlations: list[dict[str, Any]], path: 
         for axis, (_, column) in zip(axes[-1], columns, strict=True):
             axis.set_xlabel(literal(across[column]))
         for row in axes:
-            row[0].set_ylabel("share")
+            row[0].set_ylabel("share (mean gate)")
         if images["source"].nunique() > 1:
             figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=6)
         _save(figure, path)
@@ -117,7 +117,7 @@ def draw_channels(channels: pd.DataFrame, tissue: str, unit: str, path: Path) ->
             axis.grid(visible=False, axis="x")
             where = "in the whole image" if tissue == "image" else f"in {tissue}"
             axis.set_title(f"{block_title(block)}: MAE {where} without this channel", loc="left")
-            axis.set_ylabel(f"change{f' [{unit}]' if unit else ''}")
+            axis.set_ylabel(f"change of MAE{f' [{unit}]' if unit else ''}")
             axis.axhline(0, color="#5c6670", linewidth=1)
         axis.set_xlabel(f"channel, the {MAX_BARS} that {'matter' if tissue == 'image' else f'{tissue} needs'} most")
         figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=2)
@@ -151,6 +151,7 @@ def draw_maps(panels: list[dict[str, Any]], path: Path) -> None:
                 ScalarMappable(shown.norm, shown.cmap), ax=axes[:, column], location="bottom", shrink=0.9, pad=0.02
             )
             bar.outline.set_visible(False)
+            bar.set_label("factor of the features")
         _save(figure, path)
 
 

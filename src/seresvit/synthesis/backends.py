@@ -113,6 +113,25 @@ def started(name: str, network: Generator, device: torch.device, checkpoint_sha2
     return Backend(name, f"torch {torch.__version__}", _torch_run(name, network, device))
 
 
+def together(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is recorded of several checkpoints that were averaged, each with a backend of its own; one is as it is.
+
+    Different names are joined by "+", parity is the worst of all, and `member_backends` tells which checkpoint, in the
+    order of `members`, ran on what.
+    """
+    if len(records) == 1:
+        return records[0]
+    joined = {
+        key: "+".join(dict.fromkeys(str(record[key]) for record in records))
+        for key in ("backend", "precision", "backend_version")
+    }
+    parities = [record["parity"] for record in records if record["parity"]]
+    worst = {key: max(parity[key] for parity in parities) for key in parities[0]} if parities else None
+    dropped = dict.fromkeys(line for record in records for line in record["dropped"])
+    told = {"parity": worst, "dropped": list(dropped), "member_backends": [record["backend"] for record in records]}
+    return joined | told
+
+
 def _kept_precise(path: Path) -> Any:
     """OpenVINO's model with a mark on what stays in float32: the CARRIERS, and the sums that residual blocks end in.
 

@@ -18,7 +18,7 @@ from seresvit.data.deidentify import deidentified
 from seresvit.data.mark import Mark
 from seresvit.data.pair import load_sources
 from seresvit.data.pairing import Case, image_hash, load_channels, read_manifest
-from seresvit.data.volume import DataError, Volume, written_whole
+from seresvit.data.volume import DataError, Volume, remove_abandoned, written_whole
 from seresvit.synthesis.intervals import half_width
 from seresvit.synthesis.pipeline import overlapped, rank_and_size
 from seresvit.synthesis.predictor import Predictor
@@ -87,8 +87,11 @@ def predict_path(
 def predict_image(predictor: Predictor, source: Path, out: Path, asked: Asked) -> tuple[Volume, Volume]:
     """The source as it was read and the synthetic volume, once `out` is written as by `predict_path`."""
     _check(predictor, asked)
+    remove_abandoned(out.parent)
     volume = deidentified(read_volume(source)) if asked.anonymize else read_volume(source)
     named = (volume.patient, "") if asked.anonymize else ("", source.name)
+    if obstacle := _obstacle(out, (volume,)):
+        raise ConfigError(obstacle)
     loaded = Loaded((volume,), out, *named, _request(predictor, asked, [source]))
     made = _make(predictor, asked, loaded)
     _write(predictor, asked, made)
@@ -120,6 +123,7 @@ def predict_manifest(
         raise ConfigError(f"{manifest}: no case in the split '{split}'; choose --split train, val, test or all")
     rank, num_processes = rank_and_size()
     groups, taken = groups[rank::num_processes], set[Path]()
+    remove_abandoned(out)
 
     def read(group: tuple[Case, ...]) -> Loaded:
         source, patient = "+".join(case.source for case in group), group[0].patient
@@ -137,7 +141,11 @@ def predict_manifest(
         if loaded.out in taken:
             raise DataError(f"{loaded.out}: another case of this study has that name; give it a source name of its own")
         taken.add(loaded.out)
-        return None if _is_finished(loaded.out, loaded.request) else _make(predictor, asked, loaded)
+        if _is_finished(loaded.out, loaded.request):
+            return None
+        if obstacle := _obstacle(loaded.out, loaded.sources):
+            raise DataError(obstacle)
+        return _make(predictor, asked, loaded)
 
     def write(group: tuple[Case, ...], made: Made | None) -> None:
         if made:
@@ -184,7 +192,6 @@ def _num_bytes(folder: Path) -> int:
 
 def _make(predictor: Predictor, asked: Asked, loaded: Loaded) -> Made:
     sources = loaded.sources
-    _refuse_to_overwrite(loaded.out, sources)
     doubts = predictor.doubts(*sources)
     if doubts and asked.strict:
         raise DataError(f"{doubts[0]}; refused by --strict")
@@ -252,11 +259,12 @@ def _write(predictor: Predictor, asked: Asked, made: Made) -> None:
         (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
-def _refuse_to_overwrite(out: Path, sources: tuple[Volume, ...]) -> None:
-    """Raises ConfigError unless `out` is new, empty or an earlier prediction, and apart from every source."""
+def _obstacle(out: Path, sources: tuple[Volume, ...]) -> str:
+    """Why `out` may not be written: it is neither new, empty nor an earlier prediction, or not apart from a source."""
     for volume in sources:
         taken, source = out.resolve(), volume.path.resolve()
         if taken == source or taken in source.parents or source in taken.parents:
-            raise ConfigError(f"{out}: holds, or lies in, the source {volume.path}; give another folder to write")
+            return f"{out}: holds, or lies in, the source {volume.path}; give another folder to write"
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file()):
-        raise ConfigError(f"{out}: exists and is no earlier prediction; give a new folder, nothing was replaced")
+        return f"{out}: exists and is no earlier prediction; give a new folder, nothing was replaced"
+    return ""

@@ -115,7 +115,8 @@ class Predictor:
 
         That is the target's `intensity`, the `backend` that ran, its `precision` and `version`, by how much it differed
         from torch in float32 (`parity`, in the target's unit; None for torch itself), and `dropped`: one line for each
-        faster backend that failed. Raises as calling does, and DataError when the one backend asked for fails.
+        faster backend that failed. Of several checkpoints see `backends.together`. Raises as calling does, and
+        DataError when the one backend asked for fails.
         """
         synthetic, _, record = self.with_spread(*sources)
         return synthetic, record
@@ -132,8 +133,7 @@ class Predictor:
             moved, _ = resampled(on_trained, sources[0], interpolation)
             return replace(sources[0], array=moved.array, unit=target.unit, energy_kev=self.target_energy_kev)
 
-        how = {**fits[0][1], "dropped": list(dict.fromkeys(line for _, fit in fits for line in fit["dropped"]))}
-        record = {"intensity": target.as_dict(), **how}
+        record = {"intensity": target.as_dict(), **backends.together([fit for _, fit in fits])}
         # Splines swing below zero, where no deviation can be.
         on_grid = None if spread is None else on_source(spread, "linear")
         return on_source(mean, self.data.interpolation), on_grid, record
