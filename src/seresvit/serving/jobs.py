@@ -35,8 +35,9 @@ from seresvit.data.volume import DataError
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 FINISHED: tuple[State, ...] = ("done", "failed", "cancelled")
-# A job at which the server was killed this often is taken to be what kills it.
-MOST_ATTEMPTS = 3
+# A job at which the server was killed this often is taken to be what kills it. It is many, since a job that is first in
+# the queue when a server starts is what any kill soon after hits; and others go before it.
+MOST_ATTEMPTS = 10
 
 
 class QueueFull(DataError):  # noqa: N818
