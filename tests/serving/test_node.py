@@ -485,6 +485,35 @@ def test_what_a_peer_sends_is_bounded(jobs, settings, series):
         assert node.spool.received == 1
 
 
+# A thread of pynetdicom ends with some of these; the node goes on without it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_malformed_requests_stop_nothing(jobs, settings):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        heard = []
+        entity = AE("SENDER")
+        entity.acse_timeout = 1
+        thread = threading.Thread(target=lambda: heard.append(listening.accept()[0].recv(2**16)))
+        thread.start()
+        entity.associate("127.0.0.1", listening.getsockname()[1], [build_context(CT)], ae_title="SYNTH")
+        thread.join()
+    random, before = np.random.default_rng(0), threading.active_count()
+    with start_node(replace(settings, timeout_s=1, most_associations=50), jobs, MODELS):
+        for number in range(60):
+            sent = bytearray(heard[0])
+            for at in random.integers(0, len(sent), 4):
+                sent[at] = random.integers(256)
+            if number % 4 == 0:
+                sent = sent[: random.integers(len(sent))]
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", settings.port)) as peer:
+                peer.sendall(bytes(sent))
+                peer.settimeout(0.05)
+                peer.recv(100)
+                peer.sendall(b"\x04\x00\x00\x00\x00\x20" + random.bytes(100))
+        with association(settings, Verification) as sender:
+            assert sender.send_c_echo().Status == 0
+    until(lambda: threading.active_count() <= before)
+
+
 def test_more_associations_than_allowed_are_refused(jobs, settings):
     with start_node(replace(settings, most_associations=2), jobs, MODELS), contextlib.ExitStack() as stack:
         opened = [stack.enter_context(association(settings, Verification)) for _ in range(4)]
