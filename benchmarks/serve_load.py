@@ -119,10 +119,12 @@ def kills(rig: Rig, count: int) -> None:
     check_delivered(rig, by_dicom)
     there = rig.server.rows("SELECT COUNT(*) FROM jobs WHERE origin='rest'")[0][0] - accepted_before
     failed = rig.server.rows("SELECT COUNT(*) FROM jobs WHERE state='failed'")[0][0]
+    if there != len(found):
+        rig.broken.append(f"{len(found)} uploads in the kills are {there} jobs")
     rig.say(
         f"{killed} × SIGKILL, {at_work} of them at work on a job",
-        f"{len(set(found))} uploads accepted, {len(found)} results right, {len(by_dicom)} series by C-STORE delivered; "
-        f"{there - len(found)} uploads whose answer the kill cut off were sent again; {failed} failed",
+        f"{len(found)} uploads, sent again until accepted, are {there} jobs with the right results; "
+        f"{len(by_dicom)} series by C-STORE delivered; {failed} failed",
     )
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,8 +193,9 @@ def answer(url: str, method: str = "GET", **given) -> httpx.Response | None:
 
 def submitted(rig: Rig, files: list[tuple[str, bytes]]) -> str:
     """The id under which the files were accepted, however often that had to be asked."""
+    key = {"Idempotency-Key": str(uuid.uuid4())}
     while True:
-        given = answer(rig.server.url + "/api/jobs", "POST", files=[("files", one) for one in files])
+        given = answer(rig.server.url + "/api/jobs", "POST", files=[("files", one) for one in files], headers=key)
         if given is not None and given.status_code == 202:
             return given.json()["id"]
         if given is not None and given.status_code != 503:
