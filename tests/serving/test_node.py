@@ -20,7 +20,7 @@ from pynetdicom import AE, build_context, evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
 
-from seresvit.config import ConfigError
+from seresvit.config import ConfigError, IntensitySettings
 from seresvit.data import read_volume
 from seresvit.data.derived import write_derived
 from seresvit.data.dicom import tolerant
@@ -145,6 +145,9 @@ def test_others_than_this_machine_are_served_only_when_named():
 def test_the_checkpoint_of_a_modality_is_the_first_that_takes_it(tiny_checkpoint):
     predictor = Predictor(tiny_checkpoint, "cpu")
     assert models_by_modality({"a": predictor, "b": predictor}) == {"CT": "a"}
+    of_mr = Predictor(tiny_checkpoint, "cpu")
+    of_mr.data = of_mr.data.model_copy(update={"intensity": IntensitySettings(source="percentile")})
+    assert models_by_modality({"a": predictor, "b": of_mr}) == {"CT": "a", "MR": "b"}
     several = Predictor(tiny_checkpoint, "cpu")
     several.data = several.data.model_copy(update={"channels": ["110keV", "90keV"]})
     with pytest.raises(ConfigError, match="single"):
@@ -208,6 +211,19 @@ def test_jpeg_2000_is_taken_too(jobs, settings, series):
             dataset.compress(uid.JPEG2000Lossless, generate_instance_uid=False)
             assert sender.send_c_store(dataset).Status == 0
         np.testing.assert_array_equal(read_volume(one_job(jobs).source).array, read_volume(series).array)
+
+
+def test_an_mr_goes_to_the_checkpoint_that_takes_it(jobs, settings, series):
+    with (
+        start_node(settings, jobs, {"CT": "of ct", "MR": "of mr"}),
+        association(settings, uid.MRImageStorage) as sender,
+    ):
+        for file in files_of(series):
+            dataset = pydicom.dcmread(file)
+            dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = uid.MRImageStorage
+            dataset.Modality = "MR"
+            assert sender.send_c_store(dataset).Status == 0
+        assert one_job(jobs).checkpoint == "of mr"
 
 
 def test_every_class_is_accepted_in_every_syntax(node, settings):
