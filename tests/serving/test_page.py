@@ -90,9 +90,9 @@ def test_nothing_is_sent_before_images_are_chosen(opened, server, patient):
 
 
 def test_the_policy_lets_nothing_from_elsewhere_in(opened, server):
-    view = opened()
-    policy = view.locator("meta[http-equiv]").get_attribute("content").split("; ")
-    assert "default-src 'self'" in policy and not any("unsafe" in rule or "*" in rule for rule in policy)
+    policy = opened().request.get(server.url).headers["content-security-policy"].split("; ")
+    assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy
+    assert not any("unsafe" in rule or "*" in rule or "blob" in rule for rule in policy)
     html = PAGE_FILES["index.html"].read_text(encoding="utf-8")
     assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|style=|https?://", html)
 
