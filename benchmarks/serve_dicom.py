@@ -31,7 +31,7 @@ from seresvit.model.generator import Generator
 
 SLICES, SIZE = 8, 64
 QUIET_S = 2
-PATIENCE_S = 600.0
+PATIENCE_S = 300.0
 DICOMWEB = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
 
 

@@ -221,6 +221,20 @@ def test_what_cannot_be_taken_is_refused_in_one_line(client, served, patients):
     assert "MiB" in refused(413, **body)
 
 
+def test_the_same_key_again_is_the_same_job(client, served, patients):
+    def sent(key):
+        return client.post("/api/jobs", files=study(patients), headers={"Idempotency-Key": key}).json()["id"]
+
+    assert sent("mine") == sent("mine") != sent("another") and served.jobs.count("queued") == 2
+    assert client.post("/api/jobs", files=study(patients), headers={"Idempotency-Key": "x" * 201}).status_code == 422
+
+
+def test_an_upload_that_takes_too_long_is_ended(client, served, patients, monkeypatch):
+    monkeypatch.setattr(api, "MOST_UPLOAD_S", 0.0)
+    assert client.post("/api/jobs", files=study(patients)).status_code == 408
+    assert not list((served.jobs.folder / "jobs").iterdir())
+
+
 def test_a_full_queue_and_what_is_cancelled(client, served, patients):
     ids = [client.post("/api/jobs", files=study(patients)).json()["id"] for _ in range(3)]
     full = client.post("/api/jobs", files=study(patients))

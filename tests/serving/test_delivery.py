@@ -184,6 +184,30 @@ def test_orthanc_commits_itself_to_the_node(jobs, finished, orthanc):
         assert deliveries._row.get().transaction_uid
 
 
+@pytest.mark.skipif(shutil.which("storescp") is None, reason="DCMTK (Debian dcmtk) is not installed")
+@pytest.mark.parametrize("secured", [False, True])
+def test_dcmtk_receives_what_the_result_holds(jobs, finished, certificates, tmp_path, secured):
+    port, ours = free_port(), certificates("node")
+    certificate, key, authority = certificates("archive")
+    options = ["+tls", key, certificate, "+cf", authority, "-rc"] if secured else []
+    (tmp_path / "received").mkdir()
+    command = ["storescp", "-aet", "PACS", "-od", tmp_path / "received", "+B", *options, port]
+    receiving = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = finished()
+    sending = replace(QUICK, tls=tls_from(*ours) if secured else None)
+    try:
+        with Deliveries(jobs, [Peer("PACS", "127.0.0.1", port)], sending).started() as deliveries:
+            deliveries.announce(job)
+            delivered(deliveries, job)
+    finally:
+        receiving.kill()
+        receiving.wait()
+    received = {one.SOPInstanceUID: one for one in map(pydicom.dcmread, (tmp_path / "received").iterdir())}
+    sent = [pydicom.dcmread(path) for path in job.result.glob("*.dcm")]
+    assert len(received) == len(sent) == 3
+    assert all(received[one.SOPInstanceUID] == one for one in sent)
+
+
 # -------------------------------------------------------------------------------------------------- faults
 
 

@@ -116,6 +116,23 @@ def test_cancel(jobs):
     assert not running.folder.exists()
 
 
+def test_cancelled_too_late_to_be_stopped_is_cancelled_all_the_same(jobs):
+    job = jobs.submit("m", image)
+    jobs.take()
+    jobs.cancel(job.id)
+    jobs.finish(job.id, "done")
+    assert jobs.get(job.id).state == "cancelled" and not job.folder.exists() and not jobs.unannounced()
+
+
+def test_what_comes_after_a_crash_does_not_overtake_what_it_cut_short(jobs):
+    cut = jobs.submit("m", image)
+    jobs.take()
+    jobs = reopened(jobs)
+    later = jobs.submit("m", image)
+    assert [jobs.position(one.id) for one in (cut, later)] == [0, 1] and jobs.take().id == cut.id
+    jobs.close()
+
+
 def test_what_a_crash_cut_short_waits_again_behind_the_others_and_not_for_ever(jobs):
     cut, other = jobs.submit("m", image), jobs.submit("m", image)
     assert jobs.take().id == cut.id

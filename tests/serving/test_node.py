@@ -20,7 +20,7 @@ from pynetdicom import AE, build_context, evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
 
-from seresvit.config import ConfigError
+from seresvit.config import ConfigError, IntensitySettings
 from seresvit.data import read_volume
 from seresvit.data.derived import write_derived
 from seresvit.data.dicom import tolerant
@@ -145,6 +145,9 @@ def test_others_than_this_machine_are_served_only_when_named():
 def test_the_checkpoint_of_a_modality_is_the_first_that_takes_it(tiny_checkpoint):
     predictor = Predictor(tiny_checkpoint, "cpu")
     assert models_by_modality({"a": predictor, "b": predictor}) == {"CT": "a"}
+    of_mr = Predictor(tiny_checkpoint, "cpu")
+    of_mr.data = of_mr.data.model_copy(update={"intensity": IntensitySettings(source="percentile")})
+    assert models_by_modality({"a": predictor, "b": of_mr}) == {"CT": "a", "MR": "b"}
     several = Predictor(tiny_checkpoint, "cpu")
     several.data = several.data.model_copy(update={"channels": ["110keV", "90keV"]})
     with pytest.raises(ConfigError, match="single"):
@@ -208,6 +211,19 @@ def test_jpeg_2000_is_taken_too(jobs, settings, series):
             dataset.compress(uid.JPEG2000Lossless, generate_instance_uid=False)
             assert sender.send_c_store(dataset).Status == 0
         np.testing.assert_array_equal(read_volume(one_job(jobs).source).array, read_volume(series).array)
+
+
+def test_an_mr_goes_to_the_checkpoint_that_takes_it(jobs, settings, series):
+    with (
+        start_node(settings, jobs, {"CT": "of ct", "MR": "of mr"}),
+        association(settings, uid.MRImageStorage) as sender,
+    ):
+        for file in files_of(series):
+            dataset = pydicom.dcmread(file)
+            dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = uid.MRImageStorage
+            dataset.Modality = "MR"
+            assert sender.send_c_store(dataset).Status == 0
+        assert one_job(jobs).checkpoint == "of mr"
 
 
 def test_every_class_is_accepted_in_every_syntax(node, settings):
@@ -483,6 +499,35 @@ def test_what_a_peer_sends_is_bounded(jobs, settings, series):
                 assert sender.send_c_store(pydicom.dcmread(files_of(series)[0])).Status == 0
             assert silent.recv(100) == b""
         assert node.spool.received == 1
+
+
+# A thread of pynetdicom ends with some of these; the node goes on without it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_malformed_requests_stop_nothing(jobs, settings):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        heard = []
+        entity = AE("SENDER")
+        entity.acse_timeout = 1
+        thread = threading.Thread(target=lambda: heard.append(listening.accept()[0].recv(2**16)))
+        thread.start()
+        entity.associate("127.0.0.1", listening.getsockname()[1], [build_context(CT)], ae_title="SYNTH")
+        thread.join()
+    random, before = np.random.default_rng(0), threading.active_count()
+    with start_node(replace(settings, timeout_s=1, most_associations=50), jobs, MODELS):
+        for number in range(60):
+            sent = bytearray(heard[0])
+            for at in random.integers(0, len(sent), 4):
+                sent[at] = random.integers(256)
+            if number % 4 == 0:
+                sent = sent[: random.integers(len(sent))]
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", settings.port)) as peer:
+                peer.sendall(bytes(sent))
+                peer.settimeout(0.05)
+                peer.recv(100)
+                peer.sendall(b"\x04\x00\x00\x00\x00\x20" + random.bytes(100))
+        with association(settings, Verification) as sender:
+            assert sender.send_c_echo().Status == 0
+    until(lambda: threading.active_count() <= before)
 
 
 def test_more_associations_than_allowed_are_refused(jobs, settings):

@@ -5,10 +5,12 @@ ids, uploads by numbers, and of a request only its route is written down.
 """
 
 import errno
+import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Annotated, Any
 
 import anyio
 import peewee
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -36,12 +38,14 @@ from seresvit.serving.worker import Worker
 from seresvit.synthesis.predict import RECORD
 from seresvit.synthesis.predictor import Predictor
 
-# An upload may pause this long, and what follows on a refusal is read that far, so that the refusal arrives.
-MOST_PAUSE_S = 60.0
+# An upload may pause and last this long, and what follows on a refusal is read that far, so that the refusal arrives.
+MOST_PAUSE_S, MOST_UPLOAD_S = 60.0, 3600.0
 MOST_DRAINED, MOST_DRAIN_S = 16 * MIB, 5.0
 # What must stay free on the disk for the queue to be written.
 LEAST_FREE = 256 * MIB
 RETRY_S = 15
+MOST_KEY = 200
+KEY_SAYS = "any word of the client's own: the same again gives the job that there is, as after an answer that was lost"
 JOB_SECONDS = (1, 3, 10, 30, 100, 300, 1000, 3600)
 
 
@@ -117,7 +121,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 SUBMIT_ERRORS: dict[int | str, dict[str, Any]] = {
     **{code: ERRORS[code] for code in (401, 403, 422)},
     400: {"model": Error, "description": "the body or a file in it is damaged"},
-    408: {"model": Error, "description": "the upload paused for too long"},
+    408: {"model": Error, "description": "the upload paused, or lasted, for too long"},
     413: {"model": Error, "description": "too large, or too many files"},
     503: {"model": Error, "description": "the queue is full"},
     507: {"model": Error, "description": "the disk is full"},
@@ -211,15 +215,21 @@ def _jobs_of(served: Served) -> APIRouter:
         return [_model(name, predictor) for name, predictor in served.predictors.items()]
 
     @router.post("/jobs", status_code=202, responses=SUBMIT_ERRORS, openapi_extra=_form(list(served.predictors)))
-    async def submit(request: Request, response: Response) -> Status:
+    async def submit(
+        request: Request,
+        response: Response,
+        idempotency_key: Annotated[str | None, Header(max_length=MOST_KEY, description=KEY_SAYS)] = None,
+    ) -> Status:
         """Give images; the answer says where to ask for the result."""
+        body = _Body(request)
         try:
-            job = await anyio.to_thread.run_sync(_submission(served, request), limiter=uploading)
+            job = await anyio.to_thread.run_sync(_submission(served, request, body, idempotency_key), limiter=uploading)
         except Exception as error:
-            await _drain(request)
             if (answer := _as_answer(error)) is error:
                 raise
             raise answer from None
+        finally:
+            await body.drain()
         served.worker.woken.set()
         response.headers["Location"] = f"/api/jobs/{job.id}"
         return _status(served, job)
@@ -264,15 +274,41 @@ def _jobs_of(served: Served) -> APIRouter:
     return router
 
 
-def _submission(served: Served, request: Request) -> Callable[[], Job]:
+class _Body:
+    """The body of a request, piece by piece."""
+
+    def __init__(self, request: Request):
+        self.stream, self.ended = request.stream(), False
+
+    async def next(self) -> bytes:
+        """The next bytes, none at its end."""
+        with anyio.fail_after(MOST_PAUSE_S):
+            async for piece in self.stream:
+                if piece:
+                    return piece
+        self.ended = True
+        return b""
+
+    async def drain(self) -> None:
+        """Reads on for a while: a client that is cut off while it sends does not see the answer."""
+        drained = 0
+        with suppress(Exception), anyio.move_on_after(MOST_DRAIN_S):
+            while not self.ended and drained < MOST_DRAINED:
+                drained += len(await self.next())
+
+
+def _submission(served: Served, request: Request, body: _Body, key: str | None) -> Callable[[], Job]:
     """What submits the job of a request, to be called in a thread, while the event loop reads the body."""
-    stream, bounds, fields = request.stream(), served.bounds, dict[str, str]()
+    bounds, fields = served.bounds, dict[str, str]()
 
     def fill(folder: Path) -> None:
         receiver = Receiver(request.headers.get("content-type", ""), folder, bounds)
+        until_s = time.monotonic() + MOST_UPLOAD_S
         try:
-            while piece := anyio.from_thread.run(_next_piece, stream):
+            while piece := anyio.from_thread.run(body.next):
                 receiver.feed(piece)
+                if time.monotonic() > until_s:
+                    raise TimeoutError
             receiver.finish()
         finally:
             receiver.stop()
@@ -286,29 +322,10 @@ def _submission(served: Served, request: Request) -> Callable[[], Job]:
             raise TooLarge(f"larger than {bounds.most_bytes // MIB} MiB, the most that is taken at once")
         if _full_disk(served):
             raise OSError(errno.ENOSPC, "the disk is full")
-        return served.jobs.submit(lambda: _chosen(served, fields), fill)
+        hashed = f"rest:{hashlib.sha256(key.encode()).hexdigest()}" if key else None
+        return served.jobs.submit(lambda: _chosen(served, fields), fill, key=hashed)
 
     return submit
-
-
-async def _next_piece(stream: AsyncIterator[bytes]) -> bytes:
-    """The next bytes of a body, none at its end."""
-    with anyio.fail_after(MOST_PAUSE_S):
-        async for piece in stream:
-            if piece:
-                return piece
-    return b""
-
-
-async def _drain(request: Request) -> None:
-    """Reads on for a while: a client that is cut off while it sends does not see the answer."""
-    drained = 0
-    with suppress(Exception), anyio.move_on_after(MOST_DRAIN_S):
-        while drained < MOST_DRAINED:
-            message = await request.receive()
-            drained += len(message.get("body", b""))
-            if not message.get("more_body"):
-                return
 
 
 def _chosen(served: Served, fields: dict[str, str]) -> str:
@@ -327,7 +344,7 @@ def _as_answer(error: Exception) -> Exception:
     if isinstance(error, ClientDisconnect):
         return HTTPException(400, "the upload was broken off")
     if isinstance(error, TimeoutError):
-        return HTTPException(408, f"nothing came for {MOST_PAUSE_S:g} seconds; send it again")
+        return HTTPException(408, "the upload paused, or lasted, for too long; send it again")
     if isinstance(error, TooLarge | Malformed):
         return HTTPException(413 if isinstance(error, TooLarge) else 400, str(error))
     is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

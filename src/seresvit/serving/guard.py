@@ -15,11 +15,10 @@ from seresvit.serving.worker import what_happened
 log = logging.getLogger("seresvit.serving")
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-# The page has no other source than this server; NiiVue makes images and workers from memory.
+# The page has no other source than this server; NiiVue holds the letters that it draws as data.
 POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; worker-src 'self' blob:; "
-    "connect-src 'self' data: blob:; script-src 'self' 'wasm-unsafe-eval' blob:; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
 )
 HEADERS = {
     "Content-Security-Policy": POLICY,

@@ -35,8 +35,9 @@ from seresvit.data.volume import DataError
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 FINISHED: tuple[State, ...] = ("done", "failed", "cancelled")
-# A job at which the server was killed this often is taken to be what kills it.
-MOST_ATTEMPTS = 3
+# A job at which the server was killed this often is taken to be what kills it. It is many, since a job that is first in
+# the queue when a server starts is what any kill soon after hits; and others go before it.
+MOST_ATTEMPTS = 10
 
 
 class QueueFull(DataError):  # noqa: N818
@@ -132,7 +133,10 @@ class Jobs:
                 fill(folder / "source")
                 _sync(folder)
                 name = checkpoint if isinstance(checkpoint, str) else checkpoint()
-                row = self._row.create(job_id=job_id, key=key or None, origin=origin, checkpoint=name, created=_now())
+                now = _now()
+                row = self._row.create(
+                    job_id=job_id, key=key or None, origin=origin, checkpoint=name, created=now, queued=now
+                )
             except IntegrityError:  # the same key at the same time
                 shutil.rmtree(folder, ignore_errors=True)
                 return self._job(self._row.get(self._row.key == key))
@@ -174,15 +178,15 @@ class Jobs:
         row = self._row.get_or_none(self._row.job_id == job_id)
         if row is None or row.state != "queued":
             return 0
-        attempts, number = self._row.attempts, self._row.number
-        before = (attempts < row.attempts) | ((attempts == row.attempts) & (number < row.number))
+        queued, number = self._row.queued, self._row.number
+        before = (queued < row.queued) | ((queued == row.queued) & (number < row.number))
         return int(self._row.select(fn.COUNT()).where((self._row.state == "queued") & before).scalar())
 
     def take(self) -> Job | None:
-        """The oldest waiting job, now running; None where none waits. Those that a crash cut short come last."""
+        """The job that has waited longest, now running; None where none waits."""
         with self.database.atomic("IMMEDIATE"):
             waiting = self._row.select().where(self._row.state == "queued")
-            row = waiting.order_by(self._row.attempts, self._row.number).first()
+            row = waiting.order_by(self._row.queued, self._row.number).first()
             if row is None:
                 return None
             row.state, row.attempts, row.started = "running", row.attempts + 1, _now()
@@ -197,13 +201,17 @@ class Jobs:
             raise Cancelled("cancelled")
 
     def finish(self, job_id: str, state: State, message: str = "", warnings: Iterable[str] = ()) -> None:
-        """Writes how a running job ended; what it wrote must be whole. A cancelled one loses its files."""
+        """Writes how a running job ended; what it wrote must be whole. One that was cancelled loses its files."""
         self._sync_result(job_id)
         with self.database.atomic("IMMEDIATE"):
-            done, total = self._progress.pop(job_id, (0, 0))
-            change = {"state": state, "message": message, "warnings": json.dumps(list(warnings)), "finished": _now()}
-            here = (self._row.job_id == job_id) & (self._row.state == "running")
-            self._row.update(**change, done=done, total=total, cancelling=False).where(here).execute()
+            row = self._row.get_or_none((self._row.job_id == job_id) & (self._row.state == "running"))
+            if row is None:
+                return
+            if row.cancelling:  # since its last report
+                state, message = "cancelled", "cancelled"
+            row.state, row.message, row.warnings = state, message, json.dumps(list(warnings))
+            (row.done, row.total), row.finished = self._progress.pop(job_id, (0, 0)), _now()
+            row.save()
         if state == "cancelled":
             shutil.rmtree(self._folder_of(job_id), ignore_errors=True)
 
@@ -258,7 +266,8 @@ class Jobs:
         self._row.update(announced=True).where(self._row.job_id == job_id).execute()
 
     def recover(self) -> None:
-        """At start, before any work: jobs that a crash cut short wait again, and files that belong to none go.
+        """At start, before any work: jobs that a crash cut short wait again, behind those that wait, lest one that ends
+        the server be its only work; and files that belong to none go.
 
         One that was cut short `MOST_ATTEMPTS` times fails instead; one that was to be cancelled is.
         """
@@ -269,7 +278,8 @@ class Jobs:
                 message = f"the server ended {job.attempts} times while it worked on this; it is not tried again"
                 self.finish(job.id, "failed", message)
             else:
-                self._row.update(state="queued", started="").where(self._row.job_id == job.id).execute()
+                again = self._row.update(state="queued", queued=_now(), started="")
+                again.where(self._row.job_id == job.id).execute()
                 shutil.rmtree(job.view, ignore_errors=True)
         known = {row.job_id for row in self._row.select().where(self._row.state != "cancelled")}
         for folder in (self.folder / "jobs").iterdir():
@@ -324,6 +334,8 @@ def _row_of(opened: SqliteDatabase) -> Any:
         warnings = TextField(default="[]")
         attempts = IntegerField(default=0)
         created = CharField()
+        # What decides whose turn it is.
+        queued = CharField()
         started = CharField(default="")
         finished = CharField(default="")
 

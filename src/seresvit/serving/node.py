@@ -205,7 +205,7 @@ class Node:
     def _return_address(self, association: Association) -> Peer | None:
         caller, address = association.requestor.ae_title, association.requestor.address
         ports = [one.port for one in self.settings.accepted if one.port and one.admits(address, caller)]
-        return Peer(caller, address, ports[0]) if ports else None
+        return Peer(caller, address.removeprefix("::ffff:"), ports[0]) if ports else None
 
     @staticmethod
     def _report_here(association: Association, report: commitment.Report) -> None:

@@ -20,7 +20,7 @@ from seresvit.config import ConfigError
 from seresvit.serving.api import Served, make_app
 from seresvit.serving.delivery import Deliveries, Destination, Sending
 from seresvit.serving.jobs import Jobs
-from seresvit.serving.node import models_by_modality, node_settings, start_node
+from seresvit.serving.node import NodeSettings, models_by_modality, node_settings, start_node
 from seresvit.serving.peers import peer_from
 from seresvit.serving.stow import stow_from
 from seresvit.serving.uploads import MIB, Bounds
@@ -75,7 +75,7 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
 
     Raises ConfigError for settings that cannot be meant, and CheckpointError for an unusable checkpoint.
     """
-    token = checked_token(settings)
+    token, dicom = checked_token(settings), dicom_settings(settings)
     quiet_logs()
     os.umask(0o077)
     with ExitStack() as stack:
@@ -98,11 +98,11 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
             worker,
             Bounds(settings.most_upload_mib * MIB, most_unpacked),
             token,
-            LOOPBACK_NAMES if is_loopback(settings.host) else (),
+            (*LOOPBACK_NAMES, settings.host) if is_loopback(settings.host) else (),
             faults=lambda: [
                 f"the {one.name} has ended; start the server again" for one in threads if not one.is_alive()
             ],
-            numbers=stack.enter_context(_dicom(settings, jobs, predictors, worker)),
+            numbers=stack.enter_context(_dicom(settings, dicom, jobs, predictors, worker)),
         )
         for thread in threads:
             thread.start()
@@ -219,16 +219,12 @@ def _listening(settings: ServeSettings) -> Iterator[socket.socket]:
         yield listening
 
 
-@contextmanager
-def _dicom(
-    settings: ServeSettings, jobs: Jobs, predictors: dict[str, Predictor], worker: Worker
-) -> Iterator[Callable[[], dict[tuple[str, str], float]]]:
-    """The DICOM node and its deliveries, where they are asked for, and their numbers."""
+def dicom_settings(settings: ServeSettings) -> tuple[NodeSettings, list[Destination]] | None:
+    """What the options of the node say, None where there is to be none; raises ConfigError."""
     if not settings.dicom:
         if settings.send_to or settings.stow or settings.accept:
             raise ConfigError("--send-to, --stow, --accept: these are for the DICOM node; give --dicom AET:PORT")
-        yield dict
-        return
+        return None
     node = node_settings(
         settings.dicom,
         list(settings.accept),
@@ -237,12 +233,28 @@ def _dicom(
         settings.dicom_tls_key,
         settings.dicom_tls_ca,
     )
-    credentials = os.environ.get("SERESVIT_STOW_CREDENTIALS", "")
-    if settings.stow_credentials_file:
-        credentials = settings.stow_credentials_file.read_text("utf-8")
     destinations: list[Destination] = [peer_from(one) for one in settings.send_to]
     if settings.stow:
+        credentials = os.environ.get("SERESVIT_STOW_CREDENTIALS", "")
+        if settings.stow_credentials_file:
+            credentials = settings.stow_credentials_file.read_text("utf-8")
         destinations.append(stow_from(settings.stow, credentials))
+    return node, destinations
+
+
+@contextmanager
+def _dicom(
+    settings: ServeSettings,
+    dicom: tuple[NodeSettings, list[Destination]] | None,
+    jobs: Jobs,
+    predictors: dict[str, Predictor],
+    worker: Worker,
+) -> Iterator[Callable[[], dict[tuple[str, str], float]]]:
+    """The DICOM node and its deliveries, where they are asked for, and their numbers."""
+    if dicom is None:
+        yield dict
+        return
+    node, destinations = dicom
     deliveries = Deliveries(jobs, destinations, Sending(node.aet, tls=node.tls, commit=settings.commit))
     worker.on_done.append(deliveries.announce)
     models = models_by_modality(predictors)

@@ -172,7 +172,7 @@ def _window(name: str, array_ZYX: np.ndarray, unit: Unit) -> tuple[float, float]
     """The grey levels with which an image is shown first; of the difference, the ends of its colours."""
     if name == "difference":
         differing = np.abs(array_ZYX[array_ZYX != 0])
-        reached = float(np.percentile(differing, 99)) if differing.size else 0.0
+        reached = float(np.percentile(differing, 95)) if differing.size else 0.0
         limit = next((limit for limit in LIMITS if limit >= reached), LIMITS[-1])
         return -float(limit), float(limit)
     if unit == "HU":

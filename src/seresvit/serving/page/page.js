@@ -1,60 +1,22 @@
 // The page: images in, progress, views, downloads. The address after # is the job, so that a reload returns to it.
+import { all, element, find } from "./elements.js";
+import { filesIn, listed, MOST_FILES, tidied } from "./files.js";
+import { drawGates, drawShares } from "./gates.js";
+import { asCalled, ask, askToken, Trouble, upload } from "./server.js";
 import { openViewer } from "./viewer.js";
+import { bytes, loadWords, named, number, setLanguage, time, translate, translated, word } from "./words.js";
 
-const find = (selector, root = document) => root.querySelector(selector);
-const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-const MOST_FILES = 20_000;
-const SUFFIX = /\.(nii\.gz|nii|mha|nrrd|zip|dcm|ima|png|tiff?)$/i;
-const HIDDEN = /(^|\/)(\..*|__MACOSX\/.*|Thumbs\.db|desktop\.ini)$/i;
-
-let words = {};
-let language = "en";
 let models = [];
 let chosen = [];
 let screen = { name: "" };
 let viewer = null;
 let timer = 0;
 let pace = null;
-// What the files that were sent under a number are called here.
-let called = {};
 
-/** What went wrong: an HTTP status, 0 for no answer, and the server's line. */
-class Trouble extends Error {
-  constructor(status, detail = "") {
-    super(detail);
-    this.status = status;
-  }
-}
-
-// Words and numbers.
-
-function word(key, values = {}) {
-  const text = words[language]?.[key] ?? "";
-  return typeof text === "string" ? text.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "") : text;
-}
-
-const number = (value, places = 0) =>
-  value.toLocaleString(language, { minimumFractionDigits: places, maximumFractionDigits: places }).replace("-", "−");
-const named = (target) => target.replace(/(\d)keV/g, "$1 keV");
-const time = (iso) => new Date(iso).toLocaleString(language, { dateStyle: "medium", timeStyle: "short" });
 const say = (text) => (find("#told").textContent = text);
 
-function bytes(count) {
-  const power = Math.min(3, Math.floor(Math.log10(Math.max(count, 1)) / 3));
-  return `${number(count / 1000 ** power, power && count / 1000 ** power < 10 ? 1 : 0)} ${["B", "kB", "MB", "GB"][power]}`;
-}
-
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
-
-function speak(chosenLanguage) {
-  language = chosenLanguage;
-  localStorage.setItem("language", language);
-  document.documentElement.lang = language;
+function speak(language) {
+  setLanguage(language);
   for (const button of all("[data-language]")) button.setAttribute("aria-pressed", button.dataset.language === language);
   const list = find("#viewer .keys dl");
   list.replaceChildren(...word("keys_list").flatMap(([keys, does]) => [element("dt", {}, keys), element("dd", {}, does)]));
@@ -65,113 +27,10 @@ function speak(chosenLanguage) {
   viewer?.relabel();
 }
 
-function translate() {
-  for (const one of all("[data-word]")) one.textContent = word(one.dataset.word, one.dataset);
-  for (const one of all("[data-label]")) one.setAttribute("aria-label", word(one.dataset.label));
-}
-
-// The server.
-
-async function ask(path, options = {}) {
-  const token = sessionStorage.getItem("token");
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  let answer;
-  try {
-    answer = await fetch(path, { ...options, headers, cache: "no-store" });
-  } catch {
-    throw new Trouble(0);
-  }
-  if (answer.status === 401) {
-    await askToken(Boolean(token));
-    return ask(path, options);
-  }
-  if (!answer.ok) throw new Trouble(answer.status, detailOf(await answer.text()));
-  return answer;
-}
-
-/** A line of the server with the names that files have here, as long as the page that sent them is open. */
-const asCalled = (line) => line.replace(/\b\d{5}(\.[a-z.]*[a-z])?\b/g, (name) => called[name] ?? name);
-
-function detailOf(text) {
-  try {
-    const { detail } = JSON.parse(text);
-    return typeof detail === "string" ? detail : JSON.stringify(detail);
-  } catch {
-    return "";
-  }
-}
-
-let asking = null;
-function askToken(wrong) {
-  const dialog = find("#ask-token");
-  asking ??= new Promise((resolve) => {
-    find(".trouble", dialog).textContent = wrong ? word("token_wrong") : "";
-    find("#token").value = "";
-    dialog.showModal();
-    dialog.addEventListener("cancel", (event) => event.preventDefault());
-    find("form", dialog).onsubmit = () => {
-      sessionStorage.setItem("token", find("#token").value.trim());
-      asking = null;
-      resolve();
-    };
-  });
-  return asking;
-}
-
-/** Sends the files, numbered, since their own names may tell the patient; resolves to the answer's JSON. */
-function upload(model, files, progress, signal) {
-  const form = new FormData();
-  form.append("model", model);
-  called = {};
-  files.forEach(({ file, path }, index) => {
-    const name = String(index + 1).padStart(5, "0") + (path.match(SUFFIX)?.[0].toLowerCase() ?? "");
-    called[name] = path;
-    form.append("files", file, name);
-  });
-  return new Promise((resolve, reject) => {
-    const request = new XMLHttpRequest();
-    request.open("POST", "api/jobs");
-    const token = sessionStorage.getItem("token");
-    if (token) request.setRequestHeader("Authorization", `Bearer ${token}`);
-    request.upload.onprogress = (event) => progress(event.loaded, event.total);
-    request.onerror = () => reject(new Trouble(0));
-    request.onabort = () => reject(new Trouble(-1));
-    request.onload = () => {
-      if (request.status < 300) resolve(JSON.parse(request.responseText));
-      else reject(new Trouble(request.status, detailOf(request.responseText)));
-    };
-    signal.addEventListener("abort", () => request.abort());
-    request.send(form);
-  });
-}
-
 // What is given.
 
-async function filesIn(items) {
-  const entries = [...items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
-  const found = [];
-  async function walk(entry) {
-    if (found.length > MOST_FILES) return;
-    const path = entry.fullPath.slice(1);
-    if (entry.isFile) {
-      found.push({ path, file: await new Promise((resolve, reject) => entry.file(resolve, reject)) });
-      return;
-    }
-    const reader = entry.createReader();
-    for (;;) {
-      // A reader gives a hundred at a time.
-      const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-      if (!some.length) return;
-      for (const one of some) await walk(one);
-    }
-  }
-  for (const entry of entries) await walk(entry);
-  return found;
-}
-
 function choose(found) {
-  const seen = found.filter(({ path }) => !HIDDEN.test(path));
-  seen.sort((a, b) => a.path.localeCompare(b.path, "en", { numeric: true }));
+  const seen = tidied(found);
   const key = seen.length > MOST_FILES ? "too_many" : found.length && !seen.length ? "none_found" : "";
   chosen = key ? [] : seen;
   refuse(key, { count: number(MOST_FILES) });
@@ -182,7 +41,6 @@ function choose(found) {
   }
 }
 
-const listed = (input) => [...input.files].map((file) => ({ file, path: file.webkitRelativePath || file.name }));
 const refuse = (key, values) => (find("#refused").textContent = key && word(key, values));
 
 function drawChosen() {
@@ -350,10 +208,14 @@ async function openResult(job) {
   render();
   find("#viewer").hidden = !told;
   if (!told) return;
+  const changed = (slice) => {
+    screen.slice = slice;
+    drawShares(told, slice);
+  };
   const fetched = async (file) => (await ask(`api/jobs/${job.id}/view/${file}`)).arrayBuffer();
   try {
     find("#viewer").classList.add("loading");
-    const opened = await openViewer(told, { fetched, word, number, changed: drawShares, say });
+    const opened = await openViewer(told, { fetched, changed, say });
     if (screen.job !== job) return opened.close();
     viewer = opened;
     translate();
@@ -371,6 +233,11 @@ function undrawn(reason) {
   for (const part of all("#viewer .controls, #viewer .views, #viewer .place, #viewer .colours, #viewer .keys")) part.hidden = Boolean(reason);
 }
 
+function warning(line) {
+  const [text, lang] = translated(line);
+  return element("span", { lang }, asCalled(text));
+}
+
 function renderResult() {
   const { job, told } = screen;
   put(find("#result h1"), job.target ? word("result_title", { target: named(job.target) }) : word("result_title_bare"));
@@ -381,7 +248,7 @@ function renderResult() {
   ];
   put(find("#result .facts"), facts.filter(Boolean).join(" · "));
   const warnings = job.warnings?.length
-    ? job.warnings.map((line) => element("li", { class: "warns", lang: "en" }, element("span", { "aria-hidden": "true" }, "⚠"), element("span", {}, asCalled(line))))
+    ? job.warnings.map((line) => element("li", { class: "warns" }, element("span", { "aria-hidden": "true" }, "⚠"), warning(line)))
     : [element("li", {}, word("warnings_none"))];
   find("#warnings ul").replaceChildren(...warnings);
   put(find("#downloads .expires"), job.expires ? word("expires", { time: time(job.expires) }) : "");
@@ -401,7 +268,7 @@ function renderResult() {
   if (!told.images.difference) parts.push(word("no_difference"));
   put(find("#viewer .part"), parts.join(" "));
   find("#viewer .part").hidden = !parts.length;
-  drawGates(told);
+  drawGates(told, screen.slice ?? 0);
 }
 
 async function save(id, format) {
@@ -418,73 +285,6 @@ async function save(id, format) {
   } catch (trouble) {
     line.textContent = word("unsaved", { reason: trouble.message || word("failed_net") });
   }
-}
-
-// The gates: a bar a branch for the slice at hand, and both branches over all slices.
-
-const title = (block) => block.replace("art_", "ART ");
-const share = (value) => number(value, 3);
-const LEAST_SPAN = 0.02;
-const SVG = "http://www.w3.org/2000/svg";
-
-function drawGates(told) {
-  const blocks = Object.entries(told.gates ?? {});
-  const none = { concat: "gates_none_concat" }[told.fusion] ?? (told.maps ? "gates_none_maps" : "gates_none");
-  const key = blocks.length ? "gates_lead" : told.gates ? none : "gates_unknown";
-  const lead = find("#gates .note");
-  lead.textContent = word(key, { highest: number(told.highest_gate ?? 1), fusion: told.fusion });
-  delete lead.dataset.word;
-  find("#gates .blocks").replaceChildren(...blocks.map(([block, branches]) => gateFigure(block, branches, told.highest_gate)));
-  drawShares(screen.slice ?? 0);
-}
-
-function gateFigure(block, branches, highest) {
-  const bars = Object.keys(branches).map((branch) => {
-    const label = word("share_label", { block: title(block), branch: word(branch) });
-    const meter = element("span", { class: "meter", role: "meter", "aria-valuemin": 0, "aria-valuemax": highest, "aria-label": label }, element("i"));
-    return element("div", { class: `share ${branch}`, "data-block": block, "data-branch": branch }, element("span", {}, word(branch)), meter, element("output"));
-  });
-  return element("div", { class: "block" }, element("h3", {}, title(block)), ...bars, ...chart(block, branches));
-}
-
-function chart(block, branches) {
-  const values = Object.values(branches).flat();
-  const [low, high] = [Math.min(...values), Math.max(...values)];
-  const count = branches.cnn.length;
-  if (count < 2) return [];
-  // Gates that hardly move are to look so.
-  const span = Math.max(high - low, LEAST_SPAN);
-  const middle = (low + high) / 2;
-  const svg = document.createElementNS(SVG, "svg");
-  const ends = (branch) => [share(Math.min(...branches[branch])), share(Math.max(...branches[branch]))];
-  const [[t_low, t_high], [c_low, c_high]] = [ends("transformer"), ends("cnn")];
-  const attributes = { viewBox: "0 0 300 64", preserveAspectRatio: "none", role: "img", class: "chart" };
-  attributes["aria-label"] = word("chart_label", { block: title(block), t_low, t_high, c_low, c_high });
-  for (const [name, value] of Object.entries(attributes)) svg.setAttribute(name, value);
-  for (const [branch, line] of Object.entries(branches)) {
-    const path = document.createElementNS(SVG, "polyline");
-    path.setAttribute("class", branch);
-    path.setAttribute("points", line.map((y, x) => `${(300 * x) / (count - 1)},${32 - (56 * (y - middle)) / span}`).join(" "));
-    svg.append(path);
-  }
-  const here = document.createElementNS(SVG, "line");
-  for (const [name, value] of Object.entries({ class: "here", y1: 0, y2: 64 })) here.setAttribute(name, value);
-  svg.append(here);
-  return [svg, element("p", { class: "note" }, word("over_slices", { low: share(low), high: share(high) }))];
-}
-
-function drawShares(slice) {
-  screen.slice = slice;
-  const gates = screen.told?.gates ?? {};
-  for (const row of all("#gates .share")) {
-    const value = gates[row.dataset.block][row.dataset.branch][slice];
-    const meter = find(".meter", row);
-    meter.setAttribute("aria-valuenow", value.toFixed(3));
-    meter.firstChild.style.width = `${(100 * value) / screen.told.highest_gate}%`;
-    find("output", row).textContent = share(value);
-  }
-  const last = Math.max(1, (screen.told?.slices.length ?? 2) - 1);
-  for (const line of all("#gates .here")) for (const x of ["x1", "x2"]) line.setAttribute(x, (300 * slice) / last);
 }
 
 // Start.
@@ -514,7 +314,12 @@ function leave() {
 }
 
 function connect() {
-  for (const button of all("[data-language]")) button.addEventListener("click", () => speak(button.dataset.language));
+  for (const button of all("[data-language]")) {
+    button.addEventListener("click", () => {
+      localStorage.setItem("language", button.dataset.language);
+      speak(button.dataset.language);
+    });
+  }
   for (const [button, input] of [["#pick-folder", "#folder"], ["#pick-files", "#files"]]) {
     find(button).addEventListener("click", () => find(input).click());
     find(input).addEventListener("change", (event) => {
@@ -572,10 +377,9 @@ function connect() {
 }
 
 async function start() {
-  words = await (await fetch("static/words.json")).json();
+  const language = await loadWords();
   connect();
-  const known = localStorage.getItem("language") ?? navigator.language.slice(0, 2);
-  speak(known in words ? known : "en");
+  speak(language);
   route();
   await loadModels();
 }

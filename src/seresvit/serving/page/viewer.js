@@ -1,9 +1,13 @@
 // The images of a finished job in linked views: slice, crosshair, zoom and grey levels are those of all.
 // NiiVue draws; what mouse, fingers and keys do is decided here, since its own listeners know one view only.
+import { element, find } from "./elements.js";
+import { number, word } from "./words.js";
 
 const LIMITS = [10, 25, 50, 100, 200, 500, 1000];
 const MOST_ZOOM = 12;
-const CROSS = 0.7;
+// How thick it is, in pixels of the screen, and its gap, in halves of that.
+const CROSS = 1.3;
+const CROSS_GAP = 14;
 // Light blue over black to amber: told apart by eyes without red or green, and 0 as dark as what lies around it.
 const COLOURS = {
   difference: { R: [120, 30, 10, 160, 255], G: [200, 100, 10, 95, 195], B: [255, 165, 12, 0, 80], I: [0, 64, 128, 192, 255] },
@@ -15,23 +19,14 @@ const CLEAR_AT_0 = [0, 255, 255];
 const OVER = 0.9;
 
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
-const find = (selector, root = document) => root.querySelector(selector);
-
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
-
 async function unpacked(buffer) {
   const stream = new Blob([buffer]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).arrayBuffer();
 }
 
-/** Shows the images that `told` (view.json) names; `fetched(file)` gives their bytes, `word(key)` the words, `number`
-    writes a number, `changed(slice)` hears of every new slice and `say(text)` speaks to screen readers. */
-export async function openViewer(told, { fetched, word, number, changed, say }) {
+/** Shows the images that `told` (view.json) names; `fetched(file)` gives their bytes, `changed(slice)` hears of every
+    new slice and `say(text)` speaks to screen readers. */
+export async function openViewer(told, { fetched, changed, say }) {
   if (!document.createElement("canvas").getContext("webgl2")) throw new Error(word("no_webgl"));
   const names = Object.keys(told.images);
   const hu = names.filter((name) => told.images[name].unit === "HU" && name !== "difference");
@@ -44,6 +39,7 @@ export async function openViewer(told, { fetched, word, number, changed, say }) 
   const views = {};
   const at = { vox: [0, 0, Math.floor(last / 2)], zoom: 1, pan: [0, 0, 0] };
   let overlay = null;
+  let cross = true;
   const stopped = new AbortController();
   const listen = (target, kind, act, options = {}) =>
     target.addEventListener(kind, act, { signal: stopped.signal, ...options });
@@ -65,8 +61,7 @@ export async function openViewer(told, { fetched, word, number, changed, say }) 
     view.drawn = new niivue.Niivue({
       backColor: [0, 0, 0, 1],
       crosshairColor: [0.94, 0.89, 0.26, 0.8],
-      crosshairGap: 10,
-      crosshairWidth: CROSS,
+      crosshairGap: CROSS_GAP,
       dragAndDropEnabled: false,
       // Letters at the edges only where the sides of the patient are known.
       fontColor: told.oriented ? [0.75, 0.75, 0.75, 1] : [0, 0, 0, 0],
@@ -108,9 +103,18 @@ export async function openViewer(told, { fetched, word, number, changed, say }) 
   const place = () =>
     word("place", { slice: number(at.vox[2] + 1), of: number(last + 1), mm: number(told.positions_mm[at.vox[2]], 1) });
 
+  /** A crosshair as thin at every zoom; NiiVue counts its width in voxels. */
+  function setCross({ drawn, canvas }) {
+    const { pixDims } = drawn.volumes[0].hdr;
+    const mm = Math.max((size[0] * pixDims[1]) / canvas.clientWidth, (size[1] * pixDims[2]) / canvas.clientHeight) / at.zoom;
+    drawn.opts.crosshairWidth = cross ? (CROSS * mm) / Math.min(...pixDims.slice(1, 4)) : 0;
+    if (drawn.crosshairs3D) drawn.crosshairs3D.mm = [NaN, NaN, NaN]; // made anew
+  }
+
   function draw() {
     for (const name of names) {
       const { drawn, caption } = views[name];
+      setCross(views[name]);
       drawn.scene.crosshairPos = drawn.vox2frac(at.vox);
       drawn.scene.pan2Dxyzmm = [...at.pan, at.zoom];
       drawn.drawScene();
@@ -181,10 +185,13 @@ export async function openViewer(told, { fetched, word, number, changed, say }) 
     if (overlay) fadeIn(limit);
   }
 
-  /** The overlay from clear at 0 to opaque at the limit, beyond which its values are cut: more would be over-opaque. */
+  /** The overlay from clear at 0 to opaque at the limit. Beyond that its values are cut, or they would be over-opaque;
+      roots, since NiiVue squares them. */
   function fadeIn(limit) {
     const from = views.difference.volume.img;
-    for (let at = 0; at < from.length; at++) overlay.img[at] = Math.min(limit, Math.max(-limit, from[at]));
+    for (let at = 0; at < from.length; at++) {
+      overlay.img[at] = Math.sign(from[at]) * Math.min(limit, Math.sqrt(Math.abs(from[at]) * limit));
+    }
     overlay.alphaThreshold = true;
     overlay.colormapNegative = "lower";
     overlay.cal_max = limit;
@@ -215,7 +222,7 @@ export async function openViewer(told, { fetched, word, number, changed, say }) 
 
   function showCross(wanted) {
     find("#cross").setAttribute("aria-pressed", wanted);
-    for (const { drawn } of Object.values(views)) drawn.opts.crosshairWidth = wanted ? CROSS : 0;
+    cross = wanted;
     draw();
   }
 
