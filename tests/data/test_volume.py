@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seresvit.data.volume import ABANDONED_AFTER_S, DataError, Volume, remove_abandoned, same_grid, written_whole
+from seresvit.data import volume as volumes
+from seresvit.data.volume import ABANDONED_AFTER_S, DataError, Volume, remove_abandoned, room, same_grid, written_whole
 
 AFFINE = np.array([[0.8, 0, 0, -10], [0, 0.9, 0, -20], [0, 0, 2.5, 30], [0, 0, 0, 1.0]])
 VOLUME = Volume(np.zeros((3, 5, 7), np.float32), AFFINE, np.array([30, 32.5, 35]), "HU", Path("a"), "nifti")
@@ -141,3 +143,20 @@ def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="nothing was changed"), written_whole(tmp_path / "out") as temporary:
         temporary.mkdir()
     assert (tmp_path / "out" / "old").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_large_arrays_lie_in_a_file_without_a_name_where_it_has_room(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(volumes, "MOST_IN_MEMORY", 4000)
+    small, large = room((10, 10, 10)), room((10, 10, 11))
+    assert type(small) is np.ndarray and isinstance(large, np.memmap)
+    large[:] = 3.0
+    assert large.sum() == 3300 and large.dtype == np.float32 and not list(tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert type(room((10, 10, 11))) is np.ndarray
