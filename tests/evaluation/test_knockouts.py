@@ -120,6 +120,7 @@ def test_a_shut_channel_is_a_network_without_its_weights_and_is_ranked(folder, p
     for _, of_block in explained.channels.groupby("block"):
         by_rank = of_block.sort_values("rank_bone")
         assert by_rank["mae_change_bone"].is_monotonic_decreasing and len(by_rank) == 2 * HALF
+        assert by_rank["rank_bone"].tolist() == list(range(1, 2 * HALF + 1))
     carriers = explained.summary["channels_carrying"]
     assert carriers[0]["change"] == pytest.approx(explained.channels["mae_change_bone"].max())
     assert [c["change"] for c in carriers] == sorted((c["change"] for c in carriers), reverse=True)

@@ -92,6 +92,14 @@ def test_slopes_count_the_patients_that_got_better(comparison, monkeypatch):
     (axis,) = drawn[0].axes
     assert axis.get_title(loc="left") == "better in 3 of 4 patients" and axis.get_ylabel() == "MAE [HU]"
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["concat", "se"]
+    charts.slopes(
+        means.rename(columns={"se": "runs/se-of-may/evaluation"}),
+        [("concat", "runs/se-of-may/evaluation")],
+        "MAE",
+        "HU",
+        False,
+    )
+    assert drawn[1].axes[0].get_xticklabels()[1].get_text() == "runs/\nse-of-may/\nevaluation"
     ends = [line.get_ydata().tolist() for line in axis.lines]
     assert ends == [[30.5, 28.5]] * 3 + [[30.5, 31.5]]
     assert charts.slopes(means, [("concat", "cbam")], "MAE", "HU", False) == ""

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from seresvit.evaluation.figures import COLOURS, MARKERS, STYLE, literal, log_scale
 from seresvit.evaluation.metrics import main_metrics
@@ -80,7 +81,7 @@ def distributions(cases: pd.DataFrame, protocol: str) -> str:
                 axis.scatter(values, place + spread, s=14, color=colour, marker=MARKERS[place], alpha=0.8)
                 axis.collections[-1].set_zorder(3)
             axis.set_xlabel(_with_unit(shown_name(metric), unit_of(metric, protocol)))
-            axis.locator_params(axis="x", nbins=4)
+            axis.xaxis.set_major_locator(MaxNLocator(nbins=5, prune="both"))
             axis.grid(axis="y", visible=False)
         axes[0, 0].set_yticks(range(len(methods)), methods)
         axes[0, 0].invert_yaxis()
@@ -169,7 +170,7 @@ def slopes(means: pd.DataFrame, pairs: Sequence[tuple[str, str]], name: str, uni
                 style = ("-", COLOURS[0], "o") if better[patient] else ("--", COLOURS[1], "^")
                 axis.plot((0, 1), ends, linestyle=style[0], color=style[1], marker=style[2], markersize=4, linewidth=1)
             axis.set_title(f"better in {int(better.sum())} of {len(both)} patients", loc="left")
-            axis.set_xticks((0, 1), [literal(textwrap.fill(one, 18)) for one in pair])
+            axis.set_xticks((0, 1), [literal(_in_lines(one)) for one in pair])
             axis.set_xlim(-0.25, 1.25)
             axis.grid(axis="x", visible=False)
         for axis in axes.flat[len(drawn) :]:
@@ -177,6 +178,12 @@ def slopes(means: pd.DataFrame, pairs: Sequence[tuple[str, str]], name: str, uni
         for row in axes:
             row[0].set_ylabel(_with_unit(name, unit))
         return _png(figure)
+
+
+def _in_lines(name: str) -> str:
+    """The name in short lines, a path broken behind its slashes."""
+    broken = textwrap.fill(name.replace("/", "/ "), 14, break_long_words=False, break_on_hyphens=False)
+    return broken.replace("/ ", "/")
 
 
 def forest(comparisons: pd.DataFrame, metric: str, unit: str) -> str:

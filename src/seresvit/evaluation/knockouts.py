@@ -412,7 +412,7 @@ def _channel_summary(changes: pd.DataFrame) -> pd.DataFrame:
     for region in mean.columns:
         suffix = "" if region == IMAGE else f"_{region}"
         table[f"mae_change{suffix}"] = mean[region]
-        table[f"rank{suffix}"] = mean[region].rank(ascending=False, method="first").astype("Int64")
+        table[f"rank{suffix}"] = mean[region].groupby("block").rank(ascending=False, method="first").astype("Int64")
     table = table.reset_index()
     half = (table["channel"].max() + 1) // 2
     table.insert(2, "branch", np.where(table["channel"] < half, *BRANCHES))
