@@ -6,7 +6,6 @@ import itertools
 import shutil
 import threading
 import zipfile
-from collections import namedtuple
 
 import nibabel
 import numpy as np
@@ -254,11 +253,10 @@ def test_what_a_destination_still_waits_for_is_not_erased(client, served, patien
 
 
 def test_a_full_disk_is_said(client, served, patients, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(api.shutil, "disk_usage", lambda _: usage(1, 1, 2**20))
+    monkeypatch.setattr(served.jobs, "room", lambda: -1)
     assert client.post("/api/jobs", files=study(patients)).status_code == 507
     health = client.get("/health")
-    assert health.status_code == 503 and "free on the disk" in health.json()["reasons"][0]
+    assert health.status_code == 503 and "disk is full" in health.json()["reasons"][0]
     monkeypatch.undo()
 
     def full(*_):

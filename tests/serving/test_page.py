@@ -209,7 +209,9 @@ def test_the_difference_lies_beside_over_or_nowhere(shown):
 def test_colours_of_the_difference_tell_its_sign_without_red_and_green(shown, server):
     shown.select_option("#limit", "100")
     shown.click("#cross")
-    difference = nibabel.load(server.job(shown).view / "difference.nii.gz").get_fdata().transpose(2, 1, 0)[place(shown)]
+    folder, z = server.job(shown).view, place(shown)
+    source, synthetic = (nibabel.load(folder / f"{one}.nii.gz").get_fdata().T[z] for one in ("source", "synthetic"))
+    difference = synthetic - source
     picture = Image.open(io.BytesIO(shown.locator('[data-name="difference"] .screen').screenshot())).convert("RGB")
     seen = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), float)
     inner = np.s_[20:-20, 20:-20]

@@ -134,6 +134,16 @@ def test_who_waits_is_told_until_it_is_heard(worker, jobs, patients):
     assert told == [job.id, job.id] and not jobs.unannounced()
 
 
+def test_a_disk_without_room_for_the_result_is_waited_for(worker, jobs, patients, monkeypatch):
+    monkeypatch.setattr(working, "AGAIN_S", 0.01)
+    rooms = [0, 3 * 4 * 3 * 32 * 32 - 1]
+    jobs.room = lambda: rooms.pop(0) if rooms else 10**9
+    job = jobs.submit("tiny", fill_with(patients / "110keV/P001"))
+    for state in ("queued", "queued", "done"):
+        worker.work(jobs.take(), threading.Event())
+        assert jobs.get(job.id).state == state
+
+
 def test_a_disk_that_is_full_at_the_end_does_not_lose_the_job(worker, jobs, patients, monkeypatch):
     monkeypatch.setattr(working, "AGAIN_S", 0.01)
     finish, failures = jobs.finish, [OSError(28, "full"), OSError(28, "full")]

@@ -41,8 +41,6 @@ from seresvit.synthesis.predictor import Predictor
 # An upload may pause and last this long, and what follows on a refusal is read that far, so that the refusal arrives.
 MOST_PAUSE_S, MOST_UPLOAD_S = 60.0, 3600.0
 MOST_DRAINED, MOST_DRAIN_S = 16 * MIB, 5.0
-# What must stay free on the disk for the queue to be written.
-LEAST_FREE = 256 * MIB
 RETRY_S = 15
 MOST_KEY = 200
 KEY_SAYS = "any word of the client's own: the same again gives the job that there is, as after an answer that was lost"
@@ -354,8 +352,7 @@ def _as_answer(error: Exception) -> Exception:
 
 
 def _full_disk(served: Served) -> list[str]:
-    free = shutil.disk_usage(served.jobs.folder).free
-    return [f"{free // MIB} MiB are free on the disk, {LEAST_FREE // MIB} are needed"] if free < LEAST_FREE else []
+    return ["the disk is full: nothing is taken"] if served.jobs.room() < 0 else []
 
 
 def _model(name: str, predictor: Predictor) -> Model:

@@ -38,6 +38,8 @@ FINISHED: tuple[State, ...] = ("done", "failed", "cancelled")
 # A job at which the server was killed this often is taken to be what kills it. It is many, since a job that is first in
 # the queue when a server starts is what any kill soon after hits; and others go before it.
 MOST_ATTEMPTS = 10
+# What must stay free on the disk for the queue to be written.
+LEAST_FREE = 2**28
 
 
 class QueueFull(DataError):  # noqa: N818
@@ -110,6 +112,10 @@ class Jobs:
         """Lets another process open the folder."""
         self.database.close()
         self._lock.release()
+
+    def room(self) -> int:
+        """How many bytes the disk has room for, beside what the queue needs for itself."""
+        return shutil.disk_usage(self.folder).free - LEAST_FREE
 
     def submit(
         self,

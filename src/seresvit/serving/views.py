@@ -27,8 +27,8 @@ PAGE_FILES: dict[str, Path] = {
 }
 
 MAX_SIDE = 512
-# A browser keeps every image several times in the memory of its graphics card.
-MAX_VOXELS = 512 * 512 * 400
+# A browser keeps both images, two bytes a voxel, in its memory.
+MAX_VOXELS = 512 * 512 * 800
 WINDOWS: dict[str, tuple[float, float]] = {
     "soft_tissue": WINDOWS_HU["soft tissue"],
     "lung": WINDOWS_HU["lung"],
@@ -52,18 +52,16 @@ def write_views(
 ) -> dict[str, Any]:
     """Writes `folder`, whole or not at all, and returns what its view.json says.
 
-    `source.nii.gz` is the first of the sources, `synthetic.nii.gz` on the same grid, and `difference.nii.gz` synthetic
-    minus source, where both have one unit that means something. Pixels are averaged where a side is longer than
-    MAX_SIDE or the image has more than MAX_VOXELS voxels; `averaged` says how many become one. `gates` are those that
-    `hearing` heard; without them the network is asked again.
+    `source.nii.gz` is the first of the sources, `synthetic.nii.gz` on the same grid; `difference` tells the unit and
+    the ends of the colours of synthetic minus source, where both have one unit that means something. Pixels are
+    averaged where a side is longer than MAX_SIDE or the image has more than MAX_VOXELS voxels; `averaged` says how many
+    become one. `gates` are those that `hearing` heard; without them the network is asked again.
     """
     source = sources[0]
     factor = _averaged(synthetic.array.shape)
-    arrays = {"source": _small(source.array, factor), "synthetic": _small(synthetic.array, factor)}
-    units: dict[str, Unit] = {"source": source.unit, "synthetic": synthetic.unit}
-    if source.unit == synthetic.unit and source.unit != "arbitrary":
-        arrays["difference"], units["difference"] = arrays["synthetic"] - arrays["source"], source.unit
-    told = {
+    volumes = {"source": source, "synthetic": synthetic}
+    arrays = {name: _small(volume.array, factor) for name, volume in volumes.items()}
+    told: dict[str, Any] = {
         "slices": list(range(len(synthetic.array))),
         "positions_mm": [round(float(position), 2) for position in source.positions_mm],
         "unit": synthetic.unit,
@@ -71,17 +69,20 @@ def write_views(
         "format": source.format,
         "oriented": is_axial(source),
         "averaged": factor,
-        "windows": WINDOWS if "HU" in units.values() else {},
+        "windows": WINDOWS if "HU" in (source.unit, synthetic.unit) else {},
         "images": {
-            name: {"file": f"{name}.nii.gz", "unit": units[name], "window": _window(name, array, units[name])}
+            name: {"file": f"{name}.nii.gz", "unit": volumes[name].unit, "window": _window(array, volumes[name].unit)}
             for name, array in arrays.items()
         },
         **_shares(predictor, gates_of(predictor, sources) if gates is None else gates),
     }
+    if source.unit == synthetic.unit and source.unit != "arbitrary":
+        limit = _limit(arrays["synthetic"] - arrays["source"])
+        told["difference"] = {"unit": source.unit, "window": (-limit, limit)}
     with written_whole(folder) as temporary:
         temporary.mkdir()
         for name, array in arrays.items():
-            (temporary / f"{name}.nii.gz").write_bytes(_nifti(array, units[name], source, factor))
+            (temporary / f"{name}.nii.gz").write_bytes(_nifti(array, volumes[name].unit, source, factor))
         (temporary / VIEW).write_text(json.dumps(told), encoding="utf-8")
     return told
 
@@ -168,13 +169,15 @@ def _small(array_ZYX: np.ndarray, factor: int) -> np.ndarray:
     return downscale_local_mean(array_ZYX[:, :rows, :columns], (1, factor, factor)).astype(np.float32)
 
 
-def _window(name: str, array_ZYX: np.ndarray, unit: Unit) -> tuple[float, float]:
-    """The grey levels with which an image is shown first; of the difference, the ends of its colours."""
-    if name == "difference":
-        differing = np.abs(array_ZYX[array_ZYX != 0])
-        reached = float(np.percentile(differing, 95)) if differing.size else 0.0
-        limit = next((limit for limit in LIMITS if limit >= reached), LIMITS[-1])
-        return -float(limit), float(limit)
+def _limit(difference_ZYX: np.ndarray) -> int:
+    """How far the colours of a difference reach."""
+    differing = np.abs(difference_ZYX[difference_ZYX != 0])
+    reached = float(np.percentile(differing, 95)) if differing.size else 0.0
+    return next((limit for limit in LIMITS if limit >= reached), LIMITS[-1])
+
+
+def _window(array_ZYX: np.ndarray, unit: Unit) -> tuple[float, float]:
+    """The grey levels with which an image is shown first."""
     if unit == "HU":
         return WINDOWS["soft_tissue"]
     if unit == "uint8":

@@ -27,10 +27,16 @@ log = logging.getLogger("seresvit.serving")
 # How long a worker without work waits before it looks again.
 PAUSE_S = 0.25
 AGAIN_S = 5.0
+# How much of the memory of its image a job takes on the disk at most: result, view and a download, in 16 bits each.
+ON_DISK = 3
 
 
 class Stopping(Exception):  # noqa: N818
     """The server is being stopped; the job will go on at its next start."""
+
+
+class NoRoom(Exception):  # noqa: N818
+    """The disk cannot take the result now."""
 
 
 class Worker:
@@ -79,6 +85,11 @@ class Worker:
             self.jobs.put_back(job.id)
             log.info("job %s: put back", job.id)
             return
+        except NoRoom:
+            self.jobs.put_back(job.id)
+            log.error("job %s: waits, the disk is full", job.id)
+            stopping.wait(AGAIN_S)
+            return
         except Cancelled:
             state, message = "cancelled", "cancelled"
         except DataError as error:
@@ -112,6 +123,8 @@ class Worker:
         needed = 4 * shape[0] * shape[1] * shape[2]
         if needed > self.most_unpacked:
             raise DataError(f"{shape} voxels take {needed} bytes; this server takes {self.most_unpacked} at most")
+        if self.jobs.room() < ON_DISK * needed:
+            raise NoRoom
         # Before it predicts, the network looks at a few slices for the doubts; these do not count.
         total = shape[0]
         seen = -len(looked_at(total)) if predictor.header.get("familiarity") else 0

@@ -265,7 +265,7 @@ function renderResult() {
   const parts = [];
   if (told.averaged > 1) parts.push(word("averaged", { count: told.averaged }));
   if (!told.oriented) parts.push(word("not_axial"));
-  if (!told.images.difference) parts.push(word("no_difference"));
+  if (!told.difference) parts.push(word("no_difference"));
   put(find("#viewer .part"), parts.join(" "));
   find("#viewer .part").hidden = !parts.length;
   drawGates(told, screen.slice ?? 0);

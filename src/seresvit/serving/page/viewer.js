@@ -1,6 +1,7 @@
 // The images of a finished job in linked views: slice, crosshair, zoom and grey levels are those of all.
 // NiiVue draws; what mouse, fingers and keys do is decided here, since its own listeners know one view only.
 import { element, find } from "./elements.js";
+import { stackOf } from "./stack.js";
 import { number, word } from "./words.js";
 
 const LIMITS = [10, 25, 50, 100, 200, 500, 1000];
@@ -19,21 +20,18 @@ const CLEAR_AT_0 = [0, 255, 255];
 const OVER = 0.9;
 
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
-async function unpacked(buffer) {
-  const stream = new Blob([buffer]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new Response(stream).arrayBuffer();
-}
 
 /** Shows the images that `told` (view.json) names; `fetched(file)` gives their bytes, `changed(slice)` hears of every
     new slice and `say(text)` speaks to screen readers. */
 export async function openViewer(told, { fetched, changed, say }) {
   if (!document.createElement("canvas").getContext("webgl2")) throw new Error(word("no_webgl"));
-  const names = Object.keys(told.images);
-  const hu = names.filter((name) => told.images[name].unit === "HU" && name !== "difference");
+  const shown = { ...told.images, ...(told.difference && { difference: told.difference }) };
+  const names = Object.keys(shown);
+  const hu = names.filter((name) => shown[name].unit === "HU" && name !== "difference");
   // Images in HU share their grey levels; any other has its own. Level and width are those of the main group.
   const groupOf = (name) => (hu.includes(name) ? "HU" : name);
   const mainGroup = groupOf(hu[0] ?? "synthetic");
-  const windows = Object.fromEntries(names.map((name) => [groupOf(name), [...told.images[name].window]]));
+  const windows = Object.fromEntries(names.map((name) => [groupOf(name), [...shown[name].window]]));
   const first = structuredClone(windows);
   const last = told.slices.length - 1;
   const views = {};
@@ -56,6 +54,12 @@ export async function openViewer(told, { fetched, changed, say }) {
     return element("figure", { class: "view", "data-name": name }, screen, caption);
   }
 
+  const stacks = {};
+  for (const name of Object.keys(told.images)) stacks[name] = await stackOf(await fetched(told.images[name].file));
+  const { size } = stacks.synthetic;
+  at.vox = [Math.floor(size[0] / 2), Math.floor(size[1] / 2), at.vox[2]];
+  const difference = new Int16Array(size[0] * size[1]);
+
   for (const name of names) {
     const view = views[name];
     view.drawn = new niivue.Niivue({
@@ -76,28 +80,26 @@ export async function openViewer(told, { fetched, changed, say }) {
     for (const kind of ["mousedown", "mousemove", "mouseup", "touchstart", "touchmove", "touchend", "keyup"]) {
       listen(view.screen, kind, (event) => event.stopPropagation(), { capture: true });
     }
-    const buffer = await unpacked(await fetched(told.images[name].file));
     await view.drawn.attachToCanvas(view.canvas);
     view.canvas.removeAttribute("tabindex");
-    view.volume = await image(name, buffer, name === "difference" ? "difference" : "gray");
+    const [cal_min, cal_max] = windows[groupOf(name)];
+    view.volume = await niivue.NVImage.loadFromUrl({
+      url: (stacks[name] ?? stacks.synthetic).plane(),
+      name: `${name}.nii`,
+      colormap: name === "difference" ? "difference" : "gray",
+      cal_min,
+      cal_max,
+    });
     view.drawn.addVolume(view.volume);
   }
 
-  function image(name, url, colormap) {
-    const [cal_min, cal_max] = windows[groupOf(name)];
-    return niivue.NVImage.loadFromUrl({ url, name: `${name}.nii`, colormap, cal_min, cal_max });
-  }
-
-  const size = views.synthetic.volume.dimsRAS.slice(1, 4);
-  at.vox = [Math.floor(size[0] / 2), Math.floor(size[1] / 2), at.vox[2]];
-
   // What is shown.
 
-  const value = (name) => views[name].volume.getValue(...at.vox);
-  const unit = (name) => word(`unit_${told.images[name].unit}`);
+  const value = (name) => views[name].volume.getValue(at.vox[0], at.vox[1], 0);
+  const unit = (name) => word(`unit_${shown[name].unit}`);
   const signed = (name) => {
     const here = value(name);
-    const places = told.images[name].unit === "arbitrary" && Math.abs(here) < 100 ? 3 : 0;
+    const places = shown[name].unit === "arbitrary" && Math.abs(here) < 100 ? 3 : 0;
     return `${name === "difference" && Math.round(here) > 0 ? "+" : ""}${number(here, places)} ${unit(name)}`.trim();
   };
   const place = () =>
@@ -111,11 +113,25 @@ export async function openViewer(told, { fetched, changed, say }) {
     if (drawn.crosshairs3D) drawn.crosshairs3D.mm = [NaN, NaN, NaN]; // made anew
   }
 
+  /** Gives the slice at hand to all views. */
+  function load() {
+    const source = stacks.source.slice(at.vox[2]);
+    const synthetic = stacks.synthetic.slice(at.vox[2]);
+    if (views.difference) {
+      for (let i = 0; i < difference.length; i++) difference[i] = clamp(synthetic[i] - source[i], -32768, 32767);
+      if (overlay) fade();
+    }
+    for (const [name, values] of Object.entries({ source, synthetic, difference })) {
+      views[name]?.volume.img.set(values);
+      views[name]?.drawn.updateGLVolume();
+    }
+  }
+
   function draw() {
     for (const name of names) {
       const { drawn, caption } = views[name];
       setCross(views[name]);
-      drawn.scene.crosshairPos = drawn.vox2frac(at.vox);
+      drawn.scene.crosshairPos = drawn.vox2frac([at.vox[0], at.vox[1], 0]);
       drawn.scene.pan2Dxyzmm = [...at.pan, at.zoom];
       drawn.drawScene();
       caption.lastChild.textContent = signed(name);
@@ -137,6 +153,7 @@ export async function openViewer(told, { fetched, changed, say }) {
   function go(vox) {
     const slice = at.vox[2];
     at.vox = vox.map((value, axis) => clamp(Math.round(value), 0, size[axis] - 1));
+    if (at.vox[2] !== slice) load();
     draw();
     if (at.vox[2] !== slice) changed(at.vox[2]);
   }
@@ -168,7 +185,7 @@ export async function openViewer(told, { fetched, changed, say }) {
   function zoomTo(zoom) {
     zoom = clamp(zoom, 1, MOST_ZOOM);
     // The crosshair stays where it is.
-    const mm = views.synthetic.drawn.frac2mm(views.synthetic.drawn.vox2frac(at.vox));
+    const mm = views.synthetic.drawn.frac2mm(views.synthetic.drawn.scene.crosshairPos);
     at.pan = zoom === 1 ? [0, 0, 0] : at.pan.map((value, axis) => value + (at.zoom - zoom) * mm[axis]);
     at.zoom = zoom;
     draw();
@@ -182,15 +199,17 @@ export async function openViewer(told, { fetched, changed, say }) {
     const { volume, drawn } = views.difference;
     [volume.cal_min, volume.cal_max] = windows.difference;
     drawn.updateGLVolume();
-    if (overlay) fadeIn(limit);
+    if (!overlay) return;
+    fade();
+    views.synthetic.drawn.updateGLVolume();
   }
 
   /** The overlay from clear at 0 to opaque at the limit. Beyond that its values are cut, or they would be over-opaque;
       roots, since NiiVue squares them. */
-  function fadeIn(limit) {
-    const from = views.difference.volume.img;
-    for (let at = 0; at < from.length; at++) {
-      overlay.img[at] = Math.sign(from[at]) * Math.min(limit, Math.sqrt(Math.abs(from[at]) * limit));
+  function fade() {
+    const limit = windows.difference[1];
+    for (let i = 0; i < difference.length; i++) {
+      overlay.img[i] = Math.sign(difference[i]) * Math.min(limit, Math.sqrt(Math.abs(difference[i]) * limit));
     }
     overlay.alphaThreshold = true;
     overlay.colormapNegative = "lower";
@@ -198,7 +217,6 @@ export async function openViewer(told, { fetched, changed, say }) {
     overlay.cal_min = 0.999 * limit;
     overlay.cal_minNeg = -limit;
     overlay.cal_maxNeg = -0.999 * limit;
-    views.synthetic.drawn.updateGLVolume();
   }
 
   /** The difference in a view of its own, over the synthetic image, or nowhere. */
@@ -211,8 +229,8 @@ export async function openViewer(told, { fetched, changed, say }) {
       overlay.img = overlay.img.slice();
       overlay.colormap = "higher";
       overlay.opacity = OVER;
+      fade();
       drawn.addVolume(overlay);
-      fadeIn(windows.difference[1]);
     } else if (where !== "over" && overlay) {
       drawn.removeVolume(overlay);
       overlay = null;
@@ -363,6 +381,7 @@ export async function openViewer(told, { fetched, changed, say }) {
     showWindow();
     draw();
   }
+  load();
   relabel();
   showCross(true);
   if (views.difference) showDifference(where);
