@@ -554,20 +554,20 @@ def test_a_study_that_is_pushed_arrives_once_through_any_number_of_kills(patient
 
     try:
         server.start()
-        until(echoes, 60)
+        until(echoes, 240)
         push("P001")
         server.kill()  # between reception and job
         assert job_states() == []
         server.start()
-        until(echoes, 60)
+        until(echoes, 240)
         push("P002")
-        until(lambda: "not yet delivered" in server.log.read_text(), 60)
+        until(lambda: "not yet delivered" in server.log.read_text(), 240)
         server.kill()  # between job and delivery
         server.start()
-        until(echoes, 60)
+        until(echoes, 240)
         push("P001")
         orthanc.start()
-        until(lambda: server.log.read_text().count("is delivered to") == 2, 60)
+        until(lambda: server.log.read_text().count("is delivered to") == 2, 240)
         assert server.kill(signal.SIGTERM) == 0
     finally:
         if server.process.poll() is None:
