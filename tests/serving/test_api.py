@@ -9,6 +9,7 @@ import zipfile
 
 import nibabel
 import numpy as np
+import peewee
 import pydicom
 import pytest
 import schemathesis
@@ -265,6 +266,15 @@ def test_a_full_disk_is_said(client, served, patients, monkeypatch):
     monkeypatch.setattr(api, "arrange", full)
     assert client.post("/api/jobs", files=study(patients)).status_code == 507
     assert not list((served.jobs.folder / "jobs").iterdir())
+
+
+def test_a_disk_so_full_that_the_queue_cannot_be_written_is_said(client, served, patients, monkeypatch):
+    def full(*_):
+        raise peewee.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(served.jobs, "cancel", full)
+    job = client.post("/api/jobs", files=study(patients)).json()["id"]
+    assert client.delete(f"/api/jobs/{job}").status_code == 507
 
 
 def test_an_error_of_the_server_tells_nothing(client, served, patients, monkeypatch, caplog):
