@@ -277,6 +277,15 @@ def test_a_disk_so_full_that_the_queue_cannot_be_written_is_said(client, served,
     assert client.delete(f"/api/jobs/{job}").status_code == 507
 
 
+@pytest.mark.parametrize("job_id", ["..", "%2e%2e", "..%2f..%2flock", "%2fetc%2fpasswd", "%00", "x" * 3000, "0" * 32])
+@pytest.mark.parametrize("part", ["", "/result", "/view", "/view/source.nii.gz", "/view/..%2fview.json"])
+def test_no_id_becomes_a_path(client, served, patients, job_id, part):
+    assert client.get(f"/api/jobs/{job_id}{part}").status_code == 404
+    job = done(client, served, study(patients))["id"] if job_id == ".." else "0" * 32
+    for name in ("..%2fsource%2f000001.dcm", "view.json", "%2e%2e", "..%2f..%2f..%2fjobs.sqlite"):
+        assert client.get(f"/api/jobs/{job}/view/{name}").status_code == 404
+
+
 def test_an_error_of_the_server_tells_nothing(client, served, patients, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("Hong^Gildong in /secret/path")
