@@ -267,6 +267,22 @@ def test_a_series_that_is_refused_keeps_no_other_from_its_way(jobs, finished, ar
     assert taken == instances_of(second)
 
 
+def test_a_database_that_cannot_be_written_for_a_while_stops_no_destination(jobs, finished, archive, caplog):
+    there = archive()
+    deliveries, job = Deliveries(jobs, [there.peer], QUICK), finished()
+    deliveries.announce(job)
+    jobs.database.execute_sql(
+        "create trigger full before insert on delivered_objects begin select raise(fail, ''); end"
+    )
+    jobs.database.execute_sql("create trigger fuller before update on deliveries begin select raise(fail, ''); end")
+    with deliveries.started():
+        until(lambda: "wait" in caplog.text)
+        for name in ("full", "fuller"):
+            jobs.database.execute_sql(f"drop trigger {name}")
+        delivered(deliveries, job)
+    assert set(there.stored) == set(instances_of(job))
+
+
 def test_nothing_is_erased_before_it_is_delivered(jobs, finished, archive):
     port = free_port()
     deliveries = Deliveries(jobs, [Peer("PACS", "127.0.0.1", port)], QUICK)
