@@ -283,6 +283,14 @@ def test_a_database_that_cannot_be_written_for_a_while_stops_no_destination(jobs
     assert set(there.stored) == set(instances_of(job))
 
 
+def test_a_clock_that_was_set_back_keeps_nothing_waiting(jobs, finished, archive):
+    deliveries, job = Deliveries(jobs, [archive().peer], QUICK), finished()
+    deliveries.announce(job)
+    deliveries._row.update(next_at=time.time() + 1e8).execute()
+    with deliveries.started():
+        delivered(deliveries, job)
+
+
 def test_nothing_is_erased_before_it_is_delivered(jobs, finished, archive):
     port = free_port()
     deliveries = Deliveries(jobs, [Peer("PACS", "127.0.0.1", port)], QUICK)
