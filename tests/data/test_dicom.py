@@ -127,6 +127,8 @@ def test_energy_is_read_from_labels(series, text, energy):
     [
         ({"SeriesInstanceUID": "1.2.3", "SeriesDescription": "Scout"}, ("one series", "a.dcm (Scout)", "b.dcm (VMI")),
         ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, ("ImageOrientationPatient", "localizers")),
+        ({"PatientID": "P77"}, ("PatientID", "same in all slices", "a.dcm")),
+        ({"StudyInstanceUID": "1.2.3"}, ("StudyInstanceUID", "same in all slices")),
         ({"PixelSpacing": [0.7, 0.7]}, ("PixelSpacing", "same in all slices")),
         ({"Rows": WIDTH, "Columns": HEIGHT}, ("Rows", "same in all slices")),
         ({"FrameOfReferenceUID": "1.2.3"}, ("FrameOfReferenceUID",)),

@@ -246,3 +246,25 @@ def test_voxels_in_another_file_are_refused(tmp_path, suffix):
     assert sitk.ReadImage(path).GetSize() == (16, 16, 4)  # what it would have been
     with pytest.raises(DataError, match="save header and voxels in one file"):
         read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "hide"),
+    [
+        (".mha", lambda head: b"Comment = ElementDataFile = LOCAL\n" + head),
+        (".mha", lambda head: b"Comment =\nElementDataFile = LOCAL\n" + head),
+        (".nrrd", lambda head: head.replace(b"\n", b"\r") + b"\r\n\n"),
+    ],
+)
+def test_voxels_in_another_file_are_refused_however_it_is_said(tmp_path, suffix, hide):
+    path = tmp_path / f"image{suffix}"
+    (tmp_path / "other").write_bytes(b"secret" * 1000)
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 16, 16), np.uint8)), path)
+    head = path.read_bytes().partition(b"\n\n" if suffix == ".nrrd" else b"ElementDataFile = LOCAL")[0]
+    head = head.replace(b"encoding: gzip", b"encoding: raw").replace(
+        b"CompressedData = True", b"CompressedData = False"
+    )
+    head += b"\ndata file: other\n" if suffix == ".nrrd" else b"ElementDataFile = other\n"
+    path.write_bytes(hide(head) + b"0" * 1024)
+    with pytest.raises(DataError, match="save header and voxels in one file"):
+        read_image(path)

@@ -295,6 +295,30 @@ def test_a_series_that_is_refused_keeps_no_other_from_its_way(jobs, finished, ar
     assert taken == instances_of(second)
 
 
+def test_a_database_that_cannot_be_written_for_a_while_stops_no_destination(jobs, finished, archive, caplog):
+    there = archive()
+    deliveries, job = Deliveries(jobs, [there.peer], QUICK), finished()
+    deliveries.announce(job)
+    jobs.database.execute_sql(
+        "create trigger full before insert on delivered_objects begin select raise(fail, ''); end"
+    )
+    jobs.database.execute_sql("create trigger fuller before update on deliveries begin select raise(fail, ''); end")
+    with deliveries.started():
+        until(lambda: "wait" in caplog.text)
+        for name in ("full", "fuller"):
+            jobs.database.execute_sql(f"drop trigger {name}")
+        delivered(deliveries, job)
+    assert set(there.stored) == set(instances_of(job))
+
+
+def test_a_clock_that_was_set_back_keeps_nothing_waiting(jobs, finished, archive):
+    deliveries, job = Deliveries(jobs, [archive().peer], QUICK), finished()
+    deliveries.announce(job)
+    deliveries._row.update(next_at=time.time() + 1e8).execute()
+    with deliveries.started():
+        delivered(deliveries, job)
+
+
 def test_nothing_is_erased_before_it_is_delivered(jobs, finished, archive):
     port = free_port()
     deliveries = Deliveries(jobs, [Peer("PACS", "127.0.0.1", port)], QUICK)

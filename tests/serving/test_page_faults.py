@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,46 @@ def test_a_job_that_is_gone_is_told(opened, server):
         view.goto(address)
         view.wait_for_selector("#failed:not([hidden])")
         assert view.inner_text("#failed .advice") == word("failed_gone")
+
+
+def test_nothing_of_one_job_stands_beside_another(opened, server, patient):
+    view = opened()
+    give(view, patient)
+    view.wait_for_selector("#viewer[data-ready]")
+    other = server.jobs.submit("se", lambda source: shutil.copytree(patient, source, dirs_exist_ok=True))
+    while server.jobs.get(other.id).state != "done":
+        view.wait_for_timeout(50)
+    held, downloads = [], view.locator("#downloads .act").first.locator("button")
+    view.route(f"**/{other.id}/view", lambda route: held.append(route))
+    with view.expect_request(f"**/{other.id}/view"):
+        view.evaluate(f"location.hash = '{other.id}'")
+    view.wait_for_selector("#result h1")
+    assert not downloads.count() and not view.locator("#gates .block").count()
+    while not held:
+        view.wait_for_timeout(50)
+    held[0].continue_()
+    view.wait_for_selector("#viewer[data-ready]")
+    with view.expect_response(f"**/{other.id}/result*"):
+        downloads.first.click()
+
+
+def test_views_that_come_too_late_change_nothing(opened, server, patient):
+    view = opened()
+    give(view, patient)
+    view.wait_for_selector("#viewer[data-ready]")
+    first, held = server.job(view).id, []
+    view.route(f"**/{first}/view/source.nii.gz", lambda route: held.append(route))
+    view.reload()
+    other = server.jobs.submit("se", lambda source: shutil.copytree(patient, source, dirs_exist_ok=True))
+    while not held or server.jobs.get(other.id).state != "done":
+        view.wait_for_timeout(50)
+    view.evaluate(f"location.hash = '{other.id}'")
+    view.wait_for_selector("#viewer[data-ready]")
+    view.locator("#slice").fill("0")
+    held[0].continue_()
+    view.wait_for_timeout(1000)
+    assert view.locator("#viewer canvas").count() == 3 and view.input_value("#slice") == "0"
+    assert view.is_hidden("#undrawn") and view.is_visible("#viewer .controls")
 
 
 def test_results_are_erased_when_asked(opened, server, patient):

@@ -44,6 +44,8 @@ MULTI_FRAME = (
 # The plane of a slice, by attribute and count of its numbers; all but the position are the same in a series.
 GEOMETRY = {"ImageOrientationPatient": 6, "PixelSpacing": 2, "ImagePositionPatient": 3}
 SAME_IN_SERIES = ("Modality", "FrameOfReferenceUID", "Rows", "Columns", "ImageOrientationPatient", "PixelSpacing")
+# Copies that were numbered anew may share the UID of their series, and are two patients' all the same.
+SAME_PERSON = ("StudyInstanceUID", "PatientID")
 SAME_NUMBER = 1e-3
 SAME_POSITION_MM = 1e-2
 OFF_LINE_MM = 0.1
@@ -118,8 +120,9 @@ def read_series(folder: Path, pixels: bool = True) -> Volume:
     high values are dark (C.7.6.3.1.2), is inverted. Gaps may differ: `positions_mm` carries them, and the affine a
     tilted gantry. Enhanced multi-frame objects are read by their functional groups. `headers`: one Dataset a slice.
     Without `pixels` only headers are read, and the array is a view of one 0.
-    Raises DataError: nothing to read, several series, differing size, spacing, orientation or frame of reference, two
-    slices at one position, no geometry, colour, pixels that are short, damaged or in an unknown transfer syntax.
+    Raises DataError: nothing to read; several series, studies or patients; differing size, spacing, orientation or
+    frame of reference; two slices at one position; no geometry; colour; pixels that are short, damaged or in an unknown
+    transfer syntax.
     """
     folder = Path(folder)
     with tolerant(), _files(folder) as files:
@@ -309,6 +312,12 @@ def _check_one_series(folder: Path, frames: list[Frame]) -> None:
             f"{folder}: a folder holds one series, found {len(named)}, for example in {', '.join(named[:4])};"
             " move each into a folder of its own"
         )
+    for frame, keyword in product(frames, SAME_PERSON):
+        if text_of(frame.header, keyword) != text_of(first.header, keyword):  # whose values are not for messages
+            raise DataError(
+                f"{frame.path}: {keyword} must be the same in all slices, and is another in {first.path.name};"
+                " find out whose images these are"
+            )
     if other := next((frame for frame in frames if _unit(frame.header) != _unit(first.header)), None):
         found, expected = (text_of(f.header, "RescaleType") or "none" for f in (other, first))
         raise DataError(

@@ -21,6 +21,8 @@ ITK = (".mha", ".nrrd")
 READERS = {".mha": "MetaImageIO", ".nrrd": "NrrdImageIO"}
 # Where the header of an MHA or NRRD file, which is text, has to end.
 MOST_HEADER = 2**16
+# A line of the header of an MHA file.
+FIELD = re.compile(rb"[ \t]*([^\s=:][^=:]*?)[ \t]*[=:][ \t]*([!-~].*)")
 
 # nibabel's world is RAS, ours (and ITK's) LPS: both flip x and y.
 FLIP_XY = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -142,12 +144,20 @@ def _check_detached(path: Path) -> None:
     """Refuses a header that takes its voxels from another file, which may be any file that the process can read."""
     with open(path, "rb") as file:
         header = file.read(MOST_HEADER)
+    lines = header.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # both readers know all three ends of lines
     if path.suffix.lower() == ".mha":
-        data = re.search(rb"ElementDataFile\s*[=:]\s*(\S+)", header, re.IGNORECASE)
-        is_attached = bool(data) and data[1].upper() == b"LOCAL"  # type: ignore[index]
+        is_attached = False
+        for line in header.split(b"\n"):
+            field = FIELD.match(line)
+            if field is None:  # a field without a value takes the next line for it, and hides that from the reader
+                break
+            if b"elementdatafile" in line.lower():
+                is_attached = (field[1].lower(), field[2].strip().upper()) == (b"elementdatafile", b"LOCAL")
+                break
     else:
-        fields, end, _ = header.replace(b"\r\n", b"\n").partition(b"\n\n")
-        is_attached = bool(end) and not re.search(rb"^\s*data\s*file\s*[:=]", fields, re.IGNORECASE | re.MULTILINE)
+        is_attached = b"\n\n" in lines and not re.search(
+            rb"^\s*data\s*file\s*[:=]", lines, re.IGNORECASE | re.MULTILINE
+        )
     if not is_attached:
         raise DataError(
             f"{path}: not a readable image file (no voxels after its header); save header and voxels in one file"

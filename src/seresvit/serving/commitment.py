@@ -23,6 +23,7 @@ REQUEST = 1
 ALL_COMMITTED, SOME_FAILED = 1, 2
 # An answer that its addressee does not take is given up after this time.
 MOST_WAIT_S = 24 * 3600.0
+MOST_RETRY_S = 300.0
 
 Reference = tuple[str, str]  # SOP class and instance UID
 
@@ -127,7 +128,9 @@ class Answers:
 
     def send_due(self, aet: str, timeout_s: float, tls: Tls | None) -> None:
         """Tries every report whose time has come, and forgets what was taken or waited too long."""
-        for row in list(self._row.select().where(self._row.next_at <= time.time())):
+        now, next_at = time.time(), self._row.next_at
+        # No wait is so long, unless the clock was set back in it.
+        for row in list(self._row.select().where((next_at <= now) | (next_at > now + MOST_RETRY_S + 1))):
             said = json.loads(row.said)
             committed = [(one, instance) for one, instance in said["committed"]]
             report = Report(row.transaction_uid, committed, [(a, b, int(c)) for a, b, c in said["failed"]])
@@ -136,7 +139,7 @@ class Answers:
                 row.delete_instance()
                 continue
             row.attempts += 1
-            row.next_at = time.time() + min(2.0**row.attempts, 300.0)
+            row.next_at = time.time() + min(2.0**row.attempts, MOST_RETRY_S)
             row.save()
 
     def waiting(self) -> int:

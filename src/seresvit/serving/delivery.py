@@ -136,28 +136,43 @@ class Deliveries:
         failures = 0
         with tolerant():
             while not stopping.is_set():
-                self._new[name].clear()
-                due = self._open().where((self._row.destination == name) & (self._row.next_at <= time.time()))
-                row = due.order_by(self._row.next_at, self._row.number).first()
-                if row is None:
-                    self._new[name].wait(1.0)
-                    continue
                 try:
-                    self._deliver(row, stopping)
-                    if failures:  # it is there again: nobody need wait any longer
-                        others = (self._row.destination == name) & (self._row.state == "waiting")
-                        self._row.update(next_at=0.0).where(others).execute()
-                    failures = 0
-                except Unreachable as error:
-                    failures += 1
-                    self._postpone(row, str(error))
-                    stopping.wait(self.sending.retry_s(failures))  # no other job would get there either
-                except Untaken as error:
-                    failures = 0
-                    self._postpone(row, str(error))
-                except Exception as error:  # a full disk, a file that is gone: it must not stop the others
-                    self._postpone(row, type(error).__name__)
+                    failures = self._deliver_next(name, failures, stopping)
+                except Exception as error:  # a database that a full disk cannot keep: it goes on when there is room
+                    log.error("deliveries to %s wait: %s", name, type(error).__name__)
+                    stopping.wait(self.sending.retry_s(3))
         self.jobs.database.close()
+
+    def _deliver_next(self, name: str, failures: int, stopping: threading.Event) -> int:
+        """Tries what is due, or waits for it; how often the destination was not reached in a row."""
+        self._new[name].clear()
+        row = self._due(name)
+        if row is None:
+            self._new[name].wait(1.0)
+            return failures
+        try:
+            self._deliver(row, stopping)
+            if failures:  # it is there again: nobody need wait any longer
+                others = (self._row.destination == name) & (self._row.state == "waiting")
+                self._row.update(next_at=0.0).where(others).execute()
+        except Unreachable as error:
+            self._postpone(row, str(error))
+            stopping.wait(self.sending.retry_s(failures + 1))  # no other job would get there either
+            return failures + 1
+        except Untaken as error:
+            self._postpone(row, str(error))
+        except Exception as error:  # a full disk, a file that is gone: it must not stop the others
+            self._postpone(row, type(error).__name__)
+            return failures
+        return 0
+
+    def _due(self, name: str) -> Any:
+        """The delivery to this destination whose turn it is, None for none."""
+        now, next_at = time.time(), self._row.next_at
+        # No wait is so long, unless the clock was set back in it.
+        never = now + max(self.sending.most_retry_s, self.sending.commitment_s) + 1
+        due = self._open().where((self._row.destination == name) & ((next_at <= now) | (next_at > never)))
+        return due.order_by(next_at, self._row.number).first()
 
     def _open(self) -> Any:
         here = self._row.destination.in_(list(self.destinations))

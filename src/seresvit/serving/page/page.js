@@ -133,7 +133,7 @@ function renderFailed() {
   put(find("#failed h1"), word("failed_title"));
   put(find("#failed .advice"), word(screen.key));
   find("#failed .trouble").hidden = !screen.detail;
-  put(find("#failed .detail"), asCalled(screen.detail ?? ""));
+  put(find("#failed .detail"), asCalled(screen.detail ?? "", screen.id));
   find("#retry").hidden = !screen.retry;
 }
 
@@ -177,7 +177,7 @@ async function follow(id) {
     const job = await (await ask(`api/jobs/${id}`)).json();
     if (id !== location.hash.slice(1)) return;
     if (job.state === "done") return openResult(job);
-    if (job.state === "failed") return show({ name: "failed", key: "failed_job", detail: job.message });
+    if (job.state === "failed") return show({ name: "failed", key: "failed_job", detail: job.message, id });
     if (job.state === "cancelled") return show({ name: "failed", key: "failed_cancelled" });
     if (job.state !== "running") pace = null;
     const { done, total, position } = job;
@@ -194,14 +194,16 @@ async function follow(id) {
 // The result.
 
 async function openResult(job) {
+  put(find("#saving"), "");
+  undrawn("");
   show({ name: "result", job });
   const retry = () => openResult(job);
   let told = null;
   try {
     told = await (await ask(`api/jobs/${job.id}/view`)).json();
   } catch (trouble) {
-    if (trouble.status === 404) undrawn("");
-    else return fail(trouble, retry);
+    if (screen.job !== job) return;
+    if (trouble.status !== 404) return fail(trouble, retry);
   }
   if (screen.job !== job) return;
   screen.told = told;
@@ -212,18 +214,17 @@ async function openResult(job) {
     screen.slice = slice;
     drawShares(told, slice);
   };
+  const wanted = () => screen.job === job;
   const fetched = async (file) => (await ask(`api/jobs/${job.id}/view/${file}`)).arrayBuffer();
   try {
     find("#viewer").classList.add("loading");
-    const opened = await openViewer(told, { fetched, changed, say });
-    if (screen.job !== job) return opened.close();
-    viewer = opened;
+    viewer = await openViewer(told, { fetched, changed, say, wanted });
     translate();
     find("#viewer").dataset.ready = "yes";
   } catch (error) {
-    undrawn(error instanceof Trouble ? word("failed_net") : error.message);
+    if (wanted()) undrawn(error instanceof Trouble ? word("failed_net") : error.message);
   } finally {
-    find("#viewer").classList.remove("loading");
+    if (wanted()) find("#viewer").classList.remove("loading");
   }
 }
 
@@ -233,9 +234,9 @@ function undrawn(reason) {
   for (const part of all("#viewer .controls, #viewer .views, #viewer .place, #viewer .colours, #viewer .keys")) part.hidden = Boolean(reason);
 }
 
-function warning(line) {
+function warning(line, job) {
   const [text, lang] = translated(line);
-  return element("span", { lang }, asCalled(text));
+  return element("span", { lang }, asCalled(text, job));
 }
 
 function renderResult() {
@@ -248,11 +249,15 @@ function renderResult() {
   ];
   put(find("#result .facts"), facts.filter(Boolean).join(" · "));
   const warnings = job.warnings?.length
-    ? job.warnings.map((line) => element("li", { class: "warns" }, element("span", { "aria-hidden": "true" }, "⚠"), warning(line)))
+    ? job.warnings.map((line) => element("li", { class: "warns" }, element("span", { "aria-hidden": "true" }, "⚠"), warning(line, job.id)))
     : [element("li", {}, word("warnings_none"))];
   find("#warnings ul").replaceChildren(...warnings);
   put(find("#downloads .expires"), job.expires ? word("expires", { time: time(job.expires) }) : "");
-  if (!told) return;
+  if (!told) {
+    // What stands there is of the job before.
+    for (const part of ["#downloads .act", "#gates .blocks"]) find(part).replaceChildren();
+    return;
+  }
   const formats = told.format === "dicom" ? ["dicom", "nifti"] : told.format === "nifti" ? ["nifti"] : ["native", "nifti"];
   find("#downloads .act").replaceChildren(
     ...formats.map((format) => {

@@ -3,8 +3,8 @@ import { find } from "./elements.js";
 import { word } from "./words.js";
 
 const SUFFIX = /\.(nii\.gz|nii|mha|nrrd|zip|dcm|ima|png|tiff?)$/i;
-// What the files that were sent under a number are called here.
-let called = {};
+// What the files that were sent under a number are called here, by job; under "" those that have no job yet.
+const called = {};
 
 /** What went wrong: an HTTP status, 0 for no answer, and the server's line. */
 export class Trouble extends Error {
@@ -31,8 +31,9 @@ export async function ask(path, options = {}) {
   return answer;
 }
 
-/** A line of the server with the names that files have here, as long as the page that sent them is open. */
-export const asCalled = (line) => line.replace(/\b\d{5}(\.[a-z.]*[a-z])?\b/g, (name) => called[name] ?? name);
+/** A line of the server about a job with the names that its files have here, as long as the page that sent them is open. */
+export const asCalled = (line, job = "") =>
+  line.replace(/\b\d{5}(\.[a-z.]*[a-z])?\b/g, (name) => called[job]?.[name] ?? name);
 
 function detailOf(text) {
   try {
@@ -64,10 +65,10 @@ export function askToken(wrong) {
 export function upload(model, files, progress, signal) {
   const form = new FormData();
   form.append("model", model);
-  called = {};
+  const names = (called[""] = {});
   files.forEach(({ file, path }, index) => {
     const name = String(index + 1).padStart(5, "0") + (path.match(SUFFIX)?.[0].toLowerCase() ?? "");
-    called[name] = path;
+    names[name] = path;
     form.append("files", file, name);
   });
   return new Promise((resolve, reject) => {
@@ -79,8 +80,11 @@ export function upload(model, files, progress, signal) {
     request.onerror = () => reject(new Trouble(0));
     request.onabort = () => reject(new Trouble(-1));
     request.onload = () => {
-      if (request.status < 300) resolve(JSON.parse(request.responseText));
-      else reject(new Trouble(request.status, detailOf(request.responseText)));
+      if (request.status < 300) {
+        const answer = JSON.parse(request.responseText);
+        called[answer.id] = names;
+        resolve(answer);
+      } else reject(new Trouble(request.status, detailOf(request.responseText)));
     };
     signal.addEventListener("abort", () => request.abort());
     request.send(form);
