@@ -2,7 +2,7 @@
 import { all, element, find } from "./elements.js";
 import { filesIn, listed, MOST_FILES, tidied } from "./files.js";
 import { drawGates, drawShares } from "./gates.js";
-import { asCalled, ask, askToken, Trouble, upload } from "./server.js";
+import { asCalled, ask, askToken, upload } from "./server.js";
 import { openViewer } from "./viewer.js";
 import { bytes, loadWords, named, number, setLanguage, time, translate, translated, word } from "./words.js";
 
@@ -200,19 +200,17 @@ async function follow(id) {
 
 async function openResult(job) {
   show({ name: "result", job });
+  undrawn("");
   const retry = () => openResult(job);
   let told = null;
   try {
     told = await (await ask(`api/jobs/${job.id}/view`)).json();
   } catch (trouble) {
-    if (trouble.status === 404) undrawn("");
-    else return fail(trouble, retry);
+    return screen.job === job && fail(trouble, retry);
   }
   if (screen.job !== job) return;
   screen.told = told;
   render();
-  find("#viewer").hidden = !told;
-  if (!told) return;
   const changed = (slice) => {
     screen.slice = slice;
     drawShares(told, slice);
@@ -220,13 +218,13 @@ async function openResult(job) {
   const fetched = async (file) => (await ask(`api/jobs/${job.id}/view/${file}`)).arrayBuffer();
   try {
     find("#viewer").classList.add("loading");
-    const opened = await openViewer(told, { fetched, changed, say });
-    if (screen.job !== job) return opened.close();
+    const opened = await openViewer(told, { fetched, wanted: () => screen.job === job, changed, say });
+    if (screen.job !== job) return opened?.close();
     viewer = opened;
     translate();
     find("#viewer").dataset.ready = "yes";
   } catch (error) {
-    undrawn(error instanceof Trouble ? word("failed_net") : error.message);
+    if (screen.job === job) undrawn(error.message || word("failed_net"));
   } finally {
     find("#viewer").classList.remove("loading");
   }
@@ -257,6 +255,7 @@ function renderResult() {
     : [element("li", {}, word("warnings_none"))];
   find("#warnings ul").replaceChildren(...warnings);
   put(find("#downloads .expires"), job.expires ? word("expires", { time: time(job.expires) }) : "");
+  for (const part of all("#gates, #downloads")) part.hidden = !told;
   if (!told) return;
   const formats = told.format === "dicom" ? ["dicom", "nifti"] : told.format === "nifti" ? ["nifti"] : ["native", "nifti"];
   find("#downloads .act").replaceChildren(
@@ -342,7 +341,10 @@ function connect() {
     event.preventDefault();
     inside = 0;
     light();
-    if (screen.name === "start") choose(await filesIn(event.dataTransfer.items));
+    if (screen.name !== "start") return;
+    const found = await filesIn(event.dataTransfer.items).catch(() => []);
+    choose(found);
+    if (!found.length) refuse("none_found");
   });
   find("#start form").addEventListener("submit", (event) => {
     event.preventDefault();

@@ -22,9 +22,11 @@ const OVER = 0.9;
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
 /** Shows the images that `told` (view.json) names; `fetched(file)` gives their bytes, `changed(slice)` hears of every
-    new slice and `say(text)` speaks to screen readers. */
-export async function openViewer(told, { fetched, changed, say }) {
-  if (!document.createElement("canvas").getContext("webgl2")) throw new Error(word("no_webgl"));
+    new slice and `say(text)` speaks to screen readers. Nothing, and null, when they are no longer `wanted()`. */
+export async function openViewer(told, { fetched, wanted, changed, say }) {
+  const tried = document.createElement("canvas").getContext("webgl2");
+  if (!tried) throw new Error(word("no_webgl"));
+  tried.getExtension("WEBGL_lose_context")?.loseContext();
   const shown = { ...told.images, ...(told.difference && { difference: told.difference }) };
   const names = Object.keys(shown);
   const hu = names.filter((name) => shown[name].unit === "HU" && name !== "difference");
@@ -42,6 +44,12 @@ export async function openViewer(told, { fetched, changed, say }) {
   const listen = (target, kind, act, options = {}) =>
     target.addEventListener(kind, act, { signal: stopped.signal, ...options });
 
+  const stacks = {};
+  for (const name of Object.keys(told.images)) stacks[name] = await stackOf(await fetched(told.images[name].file));
+  if (!wanted()) return null;
+  const { size } = stacks.synthetic;
+  at.vox = [Math.floor(size[0] / 2), Math.floor(size[1] / 2), at.vox[2]];
+  const difference = new Int16Array(size[0] * size[1]);
   const frame = find("#viewer .views");
   frame.replaceChildren(...names.map(figure));
 
@@ -53,12 +61,6 @@ export async function openViewer(told, { fetched, changed, say }) {
     views[name] = { screen, canvas, caption };
     return element("figure", { class: "view", "data-name": name }, screen, caption);
   }
-
-  const stacks = {};
-  for (const name of Object.keys(told.images)) stacks[name] = await stackOf(await fetched(told.images[name].file));
-  const { size } = stacks.synthetic;
-  at.vox = [Math.floor(size[0] / 2), Math.floor(size[1] / 2), at.vox[2]];
-  const difference = new Int16Array(size[0] * size[1]);
 
   for (const name of names) {
     const view = views[name];
