@@ -140,6 +140,23 @@ def test_views_that_come_too_late_change_nothing(opened, server, patient):
     assert view.is_hidden("#undrawn") and view.is_visible("#viewer .controls")
 
 
+def test_images_that_cannot_be_shown_can_still_be_taken_home(opened, server, patient):
+    view = opened()
+    give(view, patient)
+    view.wait_for_selector("#viewer[data-ready]")
+    address, image = view.url, server.job(view).view / "synthetic.nii.gz"
+    image.rename(image.with_name("away"))
+    view.reload()
+    view.wait_for_selector("#undrawn:not([hidden])")
+    assert view.is_hidden("#viewer .controls") and view.is_visible("#downloads button.main")
+    image.with_name("away").rename(image)
+    view.goto(f"{server.url}/#")
+    view.wait_for_selector("#start:not([hidden])")
+    view.goto(address)
+    view.wait_for_selector("#viewer[data-ready]")
+    assert view.is_hidden("#undrawn") and view.is_visible("#viewer .controls")
+
+
 def test_results_are_erased_when_asked(opened, server, patient):
     view = opened()
     give(view, patient)

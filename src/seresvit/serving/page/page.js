@@ -2,7 +2,7 @@
 import { all, element, find } from "./elements.js";
 import { filesIn, listed, MOST_FILES, tidied } from "./files.js";
 import { drawGates, drawShares } from "./gates.js";
-import { asCalled, ask, askToken, Trouble, upload } from "./server.js";
+import { asCalled, ask, askToken, upload } from "./server.js";
 import { openViewer } from "./viewer.js";
 import { bytes, loadWords, named, number, setLanguage, time, translate, translated, word } from "./words.js";
 
@@ -12,6 +12,7 @@ let screen = { name: "" };
 let viewer = null;
 let timer = 0;
 let pace = null;
+let spoken = "";
 
 const say = (text) => (find("#told").textContent = text);
 
@@ -114,6 +115,10 @@ function renderWork() {
   }[phase];
   put(find("#work h1"), word(`working_${phase}`));
   put(find("#work .detail"), detail && (total || phase === "queued") ? detail() : "");
+  // Screen readers hear of every step, and of every quarter of it.
+  const mark = `${phase} ${total ? Math.floor((4 * done) / total) : ""}`;
+  if (mark !== spoken) say([word(`working_${phase}`), find("#work .detail").textContent].filter(Boolean).join(". "));
+  spoken = mark;
   if (total && phase !== "queued") bar.value = done / total;
   else bar.removeAttribute("value");
   find("#lost").hidden = !screen.lost;
@@ -133,7 +138,7 @@ function renderFailed() {
   put(find("#failed h1"), word("failed_title"));
   put(find("#failed .advice"), word(screen.key));
   find("#failed .trouble").hidden = !screen.detail;
-  put(find("#failed .detail"), asCalled(screen.detail ?? "", screen.id));
+  put(find("#failed .detail"), asCalled(screen.detail ?? ""));
   find("#retry").hidden = !screen.retry;
 }
 
@@ -177,7 +182,7 @@ async function follow(id) {
     const job = await (await ask(`api/jobs/${id}`)).json();
     if (id !== location.hash.slice(1)) return;
     if (job.state === "done") return openResult(job);
-    if (job.state === "failed") return show({ name: "failed", key: "failed_job", detail: job.message, id });
+    if (job.state === "failed") return show({ name: "failed", key: "failed_job", detail: job.message });
     if (job.state === "cancelled") return show({ name: "failed", key: "failed_cancelled" });
     if (job.state !== "running") pace = null;
     const { done, total, position } = job;
@@ -195,36 +200,34 @@ async function follow(id) {
 
 async function openResult(job) {
   put(find("#saving"), "");
-  undrawn("");
   show({ name: "result", job });
+  undrawn("");
   const retry = () => openResult(job);
   let told = null;
   try {
     told = await (await ask(`api/jobs/${job.id}/view`)).json();
   } catch (trouble) {
-    if (screen.job !== job) return;
-    if (trouble.status !== 404) return fail(trouble, retry);
+    return screen.job === job && fail(trouble, retry);
   }
   if (screen.job !== job) return;
   screen.told = told;
   render();
-  find("#viewer").hidden = !told;
-  if (!told) return;
   const changed = (slice) => {
     screen.slice = slice;
     drawShares(told, slice);
   };
-  const wanted = () => screen.job === job;
   const fetched = async (file) => (await ask(`api/jobs/${job.id}/view/${file}`)).arrayBuffer();
   try {
     find("#viewer").classList.add("loading");
-    viewer = await openViewer(told, { fetched, changed, say, wanted });
+    const opened = await openViewer(told, { fetched, wanted: () => screen.job === job, changed, say });
+    if (screen.job !== job) return opened?.close();
+    viewer = opened;
     translate();
     find("#viewer").dataset.ready = "yes";
   } catch (error) {
-    if (wanted()) undrawn(error instanceof Trouble ? word("failed_net") : error.message);
+    if (screen.job === job) undrawn(error.message || word("failed_net"));
   } finally {
-    if (wanted()) find("#viewer").classList.remove("loading");
+    find("#viewer").classList.remove("loading");
   }
 }
 
@@ -234,9 +237,9 @@ function undrawn(reason) {
   for (const part of all("#viewer .controls, #viewer .views, #viewer .place, #viewer .colours, #viewer .keys")) part.hidden = Boolean(reason);
 }
 
-function warning(line, job) {
+function warning(line) {
   const [text, lang] = translated(line);
-  return element("span", { lang }, asCalled(text, job));
+  return element("span", { lang }, asCalled(text));
 }
 
 function renderResult() {
@@ -249,15 +252,12 @@ function renderResult() {
   ];
   put(find("#result .facts"), facts.filter(Boolean).join(" · "));
   const warnings = job.warnings?.length
-    ? job.warnings.map((line) => element("li", { class: "warns" }, element("span", { "aria-hidden": "true" }, "⚠"), warning(line, job.id)))
+    ? job.warnings.map((line) => element("li", { class: "warns" }, element("span", { "aria-hidden": "true" }, "⚠"), warning(line)))
     : [element("li", {}, word("warnings_none"))];
   find("#warnings ul").replaceChildren(...warnings);
   put(find("#downloads .expires"), job.expires ? word("expires", { time: time(job.expires) }) : "");
-  if (!told) {
-    // What stands there is of the job before.
-    for (const part of ["#downloads .act", "#gates .blocks"]) find(part).replaceChildren();
-    return;
-  }
+  for (const part of all("#gates, #downloads")) part.hidden = !told;
+  if (!told) return;
   const formats = told.format === "dicom" ? ["dicom", "nifti"] : told.format === "nifti" ? ["nifti"] : ["native", "nifti"];
   find("#downloads .act").replaceChildren(
     ...formats.map((format) => {
@@ -342,7 +342,10 @@ function connect() {
     event.preventDefault();
     inside = 0;
     light();
-    if (screen.name === "start") choose(await filesIn(event.dataTransfer.items));
+    if (screen.name !== "start") return;
+    const found = await filesIn(event.dataTransfer.items).catch(() => []);
+    choose(found);
+    if (!found.length) refuse("none_found");
   });
   find("#start form").addEventListener("submit", (event) => {
     event.preventDefault();
