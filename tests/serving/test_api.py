@@ -9,6 +9,7 @@ import zipfile
 
 import nibabel
 import numpy as np
+import peewee
 import pydicom
 import pytest
 import schemathesis
@@ -265,6 +266,24 @@ def test_a_full_disk_is_said(client, served, patients, monkeypatch):
     monkeypatch.setattr(api, "arrange", full)
     assert client.post("/api/jobs", files=study(patients)).status_code == 507
     assert not list((served.jobs.folder / "jobs").iterdir())
+
+
+def test_a_disk_so_full_that_the_queue_cannot_be_written_is_said(client, served, patients, monkeypatch):
+    def full(*_):
+        raise peewee.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(served.jobs, "cancel", full)
+    job = client.post("/api/jobs", files=study(patients)).json()["id"]
+    assert client.delete(f"/api/jobs/{job}").status_code == 507
+
+
+@pytest.mark.parametrize("job_id", ["..", "%2e%2e", "..%2f..%2flock", "%2fetc%2fpasswd", "%00", "x" * 3000, "0" * 32])
+@pytest.mark.parametrize("part", ["", "/result", "/view", "/view/source.nii.gz", "/view/..%2fview.json"])
+def test_no_id_becomes_a_path(client, served, patients, job_id, part):
+    assert client.get(f"/api/jobs/{job_id}{part}").status_code == 404
+    job = done(client, served, study(patients))["id"] if job_id == ".." else "0" * 32
+    for name in ("..%2fsource%2f000001.dcm", "view.json", "%2e%2e", "..%2f..%2f..%2fjobs.sqlite"):
+        assert client.get(f"/api/jobs/{job}/view/{name}").status_code == 404
 
 
 def test_an_error_of_the_server_tells_nothing(client, served, patients, monkeypatch, caplog):

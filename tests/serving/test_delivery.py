@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -29,6 +30,8 @@ from seresvit.serving.jobs import Jobs
 from seresvit.serving.node import NodeSettings, start_node
 from seresvit.serving.peers import Peer, accepted_from, tls_from
 from seresvit.serving.stow import Stow, stow_from
+from seresvit.serving.worker import Worker
+from seresvit.synthesis.predictor import Predictor
 
 QUICK = Sending("SYNTH", timeout_s=5, first_retry_s=0.1, most_retry_s=0.4)
 CT = uid.CTImageStorage
@@ -182,6 +185,31 @@ def test_orthanc_commits_itself_to_the_node(jobs, finished, orthanc):
         deliveries.announce(job)
         delivered(deliveries, job)
         assert deliveries._row.get().transaction_uid
+
+
+def test_an_archive_that_forwards_all_it_gets_makes_no_circle(jobs, patients, tiny_checkpoint, orthanc, tmp_path):
+    port = free_port()
+    script = tmp_path / "forward.lua"
+    script.write_text("function OnStoredInstance(instanceId) SendToModality(instanceId, 'node') end")
+    orthanc.start(DicomModalities={"node": ["SYNTH", "127.0.0.1", port]}, LuaScripts=[str(script)])
+    settings = NodeSettings("SYNTH", port, accepted_from([]), quiet_s=1, least_free_bytes=0, timeout_s=5)
+    deliveries = Deliveries(jobs, [Peer("ORTHANC", "127.0.0.1", orthanc.dicom)], QUICK)
+    worker, stopping = Worker(jobs, {"tiny": Predictor(tiny_checkpoint, "cpu")}), threading.Event()
+    worker.on_done.append(deliveries.announce)
+    working = threading.Thread(target=worker.run, args=(stopping,))
+    with start_node(settings, jobs, {"CT": "tiny"}, deliveries) as node, deliveries.started():
+        working.start()
+        try:
+            for file in sorted((patients / "110keV/P001").iterdir()):
+                orthanc.store(file)
+            until(lambda: node.spool.received == 6 and not node.spool.waiting(), 60)  # three forth, three back
+            (job,) = jobs.in_state("done")
+            assert set(deliveries.states(job.id).values()) == {"delivered"}
+            assert not jobs.in_state("queued", "running", "failed")
+        finally:
+            stopping.set()
+            working.join()
+    assert sorted(one.NumberOfSeriesRelatedInstances for one in orthanc.qido("series")) == [3, 3]
 
 
 @pytest.mark.skipif(shutil.which("storescp") is None, reason="DCMTK (Debian dcmtk) is not installed")
@@ -458,6 +486,24 @@ def test_stow_sends_again_only_what_was_not_taken(jobs, finished, web):
     assert {shown for _, shown, _ in seen} == {"Basic Y2xpbmljOnNlY3JldCB3b3Jk"}
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_stow_checks_the_certificate_of_the_server(jobs, finished, certificates, web, monkeypatch, caplog, trusted):
+    server, url = web
+    certificate, key, authority = certificates("web")
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority if trusted else certificates("x", authority="another")[2]))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.answer, job = (lambda *_: (200, b"")), finished()
+    with Deliveries(jobs, [stow_from(url.replace("http:", "https:"), "token")], QUICK).started() as deliveries:
+        deliveries.announce(job)
+        if trusted:
+            delivered(deliveries, job)
+        else:
+            until(lambda: "not yet delivered" in caplog.text)
+            assert deliveries.waiting()
+
+
 def test_stow_follows_no_redirection_with_what_it_sends(jobs, finished, web):
     server, url = web
     server.answer = lambda *_: (307, b"")
@@ -532,20 +578,20 @@ def test_a_study_that_is_pushed_arrives_once_through_any_number_of_kills(patient
 
     try:
         server.start()
-        until(echoes, 60)
+        until(echoes, 240)
         push("P001")
         server.kill()  # between reception and job
         assert job_states() == []
         server.start()
-        until(echoes, 60)
+        until(echoes, 240)
         push("P002")
-        until(lambda: "not yet delivered" in server.log.read_text(), 60)
+        until(lambda: "not yet delivered" in server.log.read_text(), 240)
         server.kill()  # between job and delivery
         server.start()
-        until(echoes, 60)
+        until(echoes, 240)
         push("P001")
         orthanc.start()
-        until(lambda: server.log.read_text().count("is delivered to") == 2, 60)
+        until(lambda: server.log.read_text().count("is delivered to") == 2, 240)
         assert server.kill(signal.SIGTERM) == 0
     finally:
         if server.process.poll() is None:

@@ -1,6 +1,7 @@
 """The DICOM node against DCMTK, Orthanc and pynetdicom: what is sent becomes one job, and nobody else may send."""
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -452,6 +453,21 @@ def raw(path):
     """The bytes of a data set without the header of its file, and its UID."""
     whole = Path(path).read_bytes()
     return whole[144 + int.from_bytes(whole[140:144], "little") :], str(pydicom.dcmread(path).SOPInstanceUID)
+
+
+@pytest.mark.parametrize(("code", "status"), [(errno.ENOSPC, 0xA700), (errno.EIO, 0x0110)])
+def test_a_disk_that_fails_is_never_answered_with_success(jobs, settings, series, monkeypatch, code, status):
+    dataset = pydicom.dcmread(files_of(series)[0])
+    with start_node(settings, jobs, MODELS) as node, association(settings) as sender:
+        with monkeypatch.context() as broken:
+
+            def fsync(handle):
+                raise OSError(code, "broken")
+
+            broken.setattr("seresvit.serving.spool.os.fsync", fsync)
+            assert sender.send_c_store(dataset).Status == status
+        assert not list(node.spool.folder.iterdir()) and not node.spool.waiting()
+        assert sender.send_c_store(dataset).Status == 0
 
 
 def test_objects_that_are_not_what_they_are_said_to_be_are_refused(jobs, settings, series):

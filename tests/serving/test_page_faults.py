@@ -42,7 +42,7 @@ def test_progress_counts_slices_and_a_job_can_be_cancelled(opened, server, patie
     give(view, patient)
     view.wait_for_selector(".steps .now[data-step=running]")
     give(second, patient)
-    second.wait_for_selector(".steps .now[data-step=queued]")
+    second.wait_for_selector("#work .detail:not(:empty)")
     assert second.inner_text("#work .detail") in (word("next"), word("before_one"))
     view.wait_for_selector(f"#work .detail:text-matches('^[2-5] of {SLICES} slices, about .* left')")
     assert 0 < view.eval_on_selector("#work progress", "bar => bar.value") < 1

@@ -1,6 +1,7 @@
 """The worker: what it makes is what `seresvit predict` makes, and nothing that a job meets ends it."""
 
 import json
+import random
 import shutil
 import threading
 
@@ -74,6 +75,18 @@ def test_a_missing_slice_is_a_warning(worker, tmp_path):
 def test_an_image_of_no_series_fails(worker):
     job = worked(worker, lambda path: (path / "000001").write_text("no image"))
     assert job.state == "failed" and job.message.startswith("no DICOM image found")
+
+
+def test_damaged_files_are_read_or_refused_in_one_line(worker, patients, caplog):
+    dice = random.Random(0)
+    whole = (patients / "110keV/P001/P001_0001.dcm").read_bytes()
+    for number in range(60):
+        raw = bytearray(whole)
+        for _ in range(dice.randrange(1, 5)):
+            raw[dice.randrange(1500 if number % 3 else len(raw))] = dice.randrange(256)
+        job = worked(worker, lambda path, raw=raw: (path / "000001.dcm").write_bytes(raw))
+        assert job.state in ("done", "failed") and "error of the server" not in job.message, caplog.text
+        assert len(job.message.splitlines()) <= 1 and str(job.folder) not in job.message
 
 
 def test_time_size_and_model_are_bounded(worker, patients):

@@ -42,6 +42,7 @@ from seresvit.synthesis.predictor import Predictor
 MOST_PAUSE_S, MOST_UPLOAD_S = 60.0, 3600.0
 MOST_DRAINED, MOST_DRAIN_S = 16 * MIB, 5.0
 RETRY_S = 15
+FULL = "the server's disk is full; try again later"
 MOST_KEY = 200
 KEY_SAYS = "any word of the client's own: the same again gives the job that there is, as after an answer that was lost"
 JOB_SECONDS = (1, 3, 10, 30, 100, 300, 1000, 3600)
@@ -115,14 +116,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": Error, "description": "there is no such job or file"},
     409: {"model": Error, "description": "not in this state, or not in this format"},
     422: {"model": Error, "description": "a value that cannot be"},
+    507: {"model": Error, "description": "the disk is full"},
 }
 SUBMIT_ERRORS: dict[int | str, dict[str, Any]] = {
-    **{code: ERRORS[code] for code in (401, 403, 422)},
+    **{code: ERRORS[code] for code in (401, 403, 422, 507)},
     400: {"model": Error, "description": "the body or a file in it is damaged"},
     408: {"model": Error, "description": "the upload paused, or lasted, for too long"},
     413: {"model": Error, "description": "too large, or too many files"},
     503: {"model": Error, "description": "the queue is full"},
-    507: {"model": Error, "description": "the disk is full"},
 }
 BINARY: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
@@ -141,6 +142,7 @@ def make_app(served: Served) -> FastAPI:
     app.add_middleware(Guard, hosts=served.hosts, registry=registry)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(DataError, _refused)
+    app.add_exception_handler(peewee.OperationalError, _unwritten)
     bearer = HTTPBearer(auto_error=False, description="the token of the server, where it has one")
 
     def authorise(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
@@ -237,7 +239,9 @@ def _jobs_of(served: Served) -> APIRouter:
         """How far a job is."""
         return _status(served, known(job_id))
 
-    @router.delete("/jobs/{job_id}", status_code=204, responses={code: ERRORS[code] for code in (401, 403, 404, 409)})
+    @router.delete(
+        "/jobs/{job_id}", status_code=204, responses={code: ERRORS[code] for code in (401, 403, 404, 409, 507)}
+    )
     def remove(job_id: str) -> None:
         """Cancel a job that waits or is at work; erase one that is finished."""
         job = known(job_id)
@@ -345,9 +349,8 @@ def _as_answer(error: Exception) -> Exception:
         return HTTPException(408, "the upload paused, or lasted, for too long; send it again")
     if isinstance(error, TooLarge | Malformed):
         return HTTPException(413 if isinstance(error, TooLarge) else 400, str(error))
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if is_full or (isinstance(error, peewee.OperationalError) and "full" in str(error)):
-        return HTTPException(507, "the server's disk is full; try again later")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return HTTPException(507, FULL)
     return error
 
 
@@ -402,6 +405,12 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": " ".join(str(error).split())}, 422)
+
+
+async def _unwritten(request: Request, error: Exception) -> JSONResponse:
+    if "full" not in str(error):
+        raise error
+    return JSONResponse({"detail": FULL}, 507)
 
 
 class _Numbers:

@@ -15,7 +15,7 @@ from skimage.transform import downscale_local_mean
 from seresvit.data.nifti import FLIP_XY
 from seresvit.data.volume import Unit, Volume, written_whole
 from seresvit.evaluation.gates import BRANCHES, highest_gate, read_gates
-from seresvit.evaluation.tissues import WINDOWS_HU
+from seresvit.evaluation.tissues import BODY_ABOVE_HU, WINDOWS_HU
 from seresvit.model.fusion import record_gates
 from seresvit.synthesis.predictor import Predictor
 
@@ -77,7 +77,8 @@ def write_views(
         **_shares(predictor, gates_of(predictor, sources) if gates is None else gates),
     }
     if source.unit == synthetic.unit and source.unit != "arbitrary":
-        limit = _limit(arrays["synthetic"] - arrays["source"])
+        body = arrays["source"] > (BODY_ABOVE_HU if source.unit == "HU" else 0)
+        limit = _limit((arrays["synthetic"] - arrays["source"])[body])
         told["difference"] = {"unit": source.unit, "window": (-limit, limit)}
     with written_whole(folder) as temporary:
         temporary.mkdir()
@@ -169,10 +170,9 @@ def _small(array_ZYX: np.ndarray, factor: int) -> np.ndarray:
     return downscale_local_mean(array_ZYX[:, :rows, :columns], (1, factor, factor)).astype(np.float32)
 
 
-def _limit(difference_ZYX: np.ndarray) -> int:
-    """How far the colours of a difference reach."""
-    differing = np.abs(difference_ZYX[difference_ZYX != 0])
-    reached = float(np.percentile(differing, 95)) if differing.size else 0.0
+def _limit(differences: np.ndarray) -> int:
+    """How far the colours of a difference reach; what lies around the body, such as padding, has no say in it."""
+    reached = float(np.percentile(np.abs(differences), 95)) if differences.size else 0.0
     return next((limit for limit in LIMITS if limit >= reached), LIMITS[-1])
 
 
