@@ -229,6 +229,12 @@ def test_the_same_key_again_is_the_same_job(client, served, patients):
     assert client.post("/api/jobs", files=study(patients), headers={"Idempotency-Key": "x" * 201}).status_code == 422
 
 
+def test_the_same_key_for_other_images_is_another_job(client, served, patients):
+    files, key = [study(patients, name) for name in ("P001", "P002")], {"Idempotency-Key": "1"}
+    first, second = (client.post("/api/jobs", files=one, headers=key).json()["id"] for one in files)
+    assert first != second and served.jobs.count("queued") == 2
+
+
 def test_an_upload_that_takes_too_long_is_ended(client, served, patients, monkeypatch):
     monkeypatch.setattr(api, "MOST_UPLOAD_S", 0.0)
     assert client.post("/api/jobs", files=study(patients)).status_code == 408

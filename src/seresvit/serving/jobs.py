@@ -122,14 +122,15 @@ class Jobs:
         checkpoint: str | Callable[[], str],
         fill: Callable[[Path], object],
         origin: str = "rest",
-        key: str | None = None,
+        key: str | Callable[[Path], str] | None = None,
     ) -> Job:
         """The job, queued, once `fill` has put its images into the folder that it is given, and they are on disk.
 
-        `checkpoint` may be what gives its name once the images are there. A `key` that a job has already gives that
-        job. Raises QueueFull before `fill` is called, and whatever `fill` raises; then nothing is left of it.
+        `checkpoint` may be what gives its name once the images are there, `key` what gives it of the folder that they
+        are in. A `key` that a job has already gives that job. Raises QueueFull before `fill` is called, and whatever
+        `fill` raises; then nothing is left of it.
         """
-        if key and (known := self._row.get_or_none(self._row.key == key)):
+        if isinstance(key, str) and (known := self._row.get_or_none(self._row.key == key)):
             return self._job(known)
         with self._room():
             job_id = secrets.token_hex(16)
@@ -138,12 +139,13 @@ class Jobs:
                 (folder / "source").mkdir(parents=True, mode=0o700)
                 fill(folder / "source")
                 _sync(folder)
+                key = key(folder / "source") if callable(key) else key
                 name = checkpoint if isinstance(checkpoint, str) else checkpoint()
                 now = _now()
                 row = self._row.create(
                     job_id=job_id, key=key or None, origin=origin, checkpoint=name, created=now, queued=now
                 )
-            except IntegrityError:  # the same key at the same time
+            except IntegrityError:  # the same key, before or at the same time
                 shutil.rmtree(folder, ignore_errors=True)
                 return self._job(self._row.get(self._row.key == key))
             except BaseException:
