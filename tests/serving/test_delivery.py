@@ -335,6 +335,15 @@ def test_nothing_is_erased_before_it_is_delivered(jobs, finished, archive):
     assert not Deliveries(jobs, [Peer("PACS", "127.0.0.1", port)], QUICK).states(job.id)
 
 
+def test_what_ended_just_before_a_crash_is_not_erased_before_it_is_announced(jobs, finished, archive):
+    job = finished()
+    deliveries = Deliveries(jobs, [archive().peer], QUICK)
+    jobs.keep_s = 0
+    assert not jobs.erase_old() and not jobs.erase(job.id)
+    jobs.announced(job.id)
+    assert jobs.erase_old() == 1 and not deliveries.needs(job)
+
+
 def test_a_destination_that_is_given_no_more_holds_nothing(jobs, finished, archive, caplog):
     job = finished()
     Deliveries(jobs, [Peer("OLD", "127.0.0.1", 104)], QUICK).announce(job)

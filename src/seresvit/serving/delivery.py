@@ -89,8 +89,12 @@ class Deliveries:
             new.set()
 
     def needs(self, job: Job) -> bool:
-        """Whether a destination still has to get the files of this job."""
-        return bool(self._open().where(self._row.job_id == job.id).count())
+        """Whether a destination still has to get the files of this job, or to be told of it."""
+        of_job = self._row.job_id == job.id
+        if self._row.select().where(of_job).count():
+            return bool(self._open().where(of_job).count())
+        is_one = job.origin == "dicom" and job.state == "done" and bool(self.destinations)
+        return is_one and any(job.id == one.id for one in self.jobs.unannounced())
 
     def waiting(self) -> int:
         """How many deliveries are not yet made."""
