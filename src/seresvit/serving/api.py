@@ -33,7 +33,7 @@ from seresvit.data.volume import DataError
 from seresvit.serving.guard import Guard
 from seresvit.serving.jobs import FINISHED, Job, Jobs, QueueFull, State
 from seresvit.serving.results import Format, result_file
-from seresvit.serving.uploads import MIB, Bounds, Malformed, Receiver, TooLarge, arrange
+from seresvit.serving.uploads import MIB, Bounds, Malformed, Receiver, TooLarge, arrange, as_given
 from seresvit.serving.views import PAGE_FILES, VIEW
 from seresvit.serving.worker import Worker
 from seresvit.synthesis.predict import RECORD
@@ -255,10 +255,12 @@ def _jobs_of(served: Served) -> APIRouter:
     @router.get("/jobs/{job_id}/result", responses={**ERRORS, **BINARY}, response_class=FileResponse)
     def result(job_id: str, format: Format = "native") -> FileResponse:
         """The synthetic image as one file: a zip of DICOM, a NIfTI, or the format of the source."""
+        job = finished(job_id)
         try:
-            file = result_file(finished(job_id), format)
-        except DataError as error:
-            raise HTTPException(409, str(error)) from None
+            file = result_file(job, format)
+        except (DataError, FileNotFoundError) as error:
+            known(job_id)  # not erased meanwhile
+            raise HTTPException(409, as_given(str(error), job.folder)) from None
         return FileResponse(file, media_type="application/octet-stream", filename=file.name)
 
     @router.get("/jobs/{job_id}/view", responses={code: ERRORS[code] for code in (401, 404, 409)})

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -40,6 +40,8 @@ FINISHED: tuple[State, ...] = ("done", "failed", "cancelled")
 MOST_ATTEMPTS = 10
 # What must stay free on the disk for the queue to be written.
 LEAST_FREE = 2**28
+# The beginning of a folder's name that is being removed.
+REMOVED = ".removed-"
 
 
 class QueueFull(DataError):  # noqa: N818
@@ -221,7 +223,7 @@ class Jobs:
             (row.done, row.total), row.finished = self._progress.pop(job_id, (0, 0)), _now()
             row.save()
         if state == "cancelled":
-            shutil.rmtree(self._folder_of(job_id), ignore_errors=True)
+            self._remove(job_id)
 
     def put_back(self, job_id: str) -> None:
         """A running job waits again, as if it had not been taken: the server is being stopped."""
@@ -240,7 +242,7 @@ class Jobs:
             row.cancelling = row.state == "running"
             row.save()
         if row.state == "cancelled":
-            shutil.rmtree(self._folder_of(job_id), ignore_errors=True)
+            self._remove(job_id)
         return True
 
     def erase(self, job_id: str) -> bool:
@@ -249,7 +251,7 @@ class Jobs:
         if job is None or job.state not in FINISHED or any(needs(job) for needs in self.needed_by):
             return False
         self._row.delete().where(self._row.job_id == job_id).execute()
-        shutil.rmtree(job.folder, ignore_errors=True)
+        self._remove(job.id)
         return True
 
     def expires(self, job: Job) -> str:
@@ -296,6 +298,13 @@ class Jobs:
             else:
                 for unfinished in folder.glob(".writing-*"):
                     shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _remove(self, job_id: str) -> None:
+        """The files of a job, also while a download is made of them: what that writes has no place to go to."""
+        gone = self.folder / "jobs" / f"{REMOVED}{job_id}"
+        with suppress(OSError):
+            self._folder_of(job_id).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _sync_result(self, job_id: str) -> None:
         for part in (self._folder_of(job_id) / "result", self._folder_of(job_id) / "view"):
