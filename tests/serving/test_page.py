@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from seresvit.data import read_volume
-from seresvit.serving.views import PAGE_FILES
+from seresvit.serving.views import PAGE_FILES, write_views
 
 WORDS = json.loads(PAGE_FILES["words.json"].read_text(encoding="utf-8"))
 SIDE, SLICES = 128, 6
@@ -345,6 +346,34 @@ def test_a_nifti_has_no_dicom_to_download(opened, patient, tmp_path):
     with view.expect_download() as download:
         view.click("#downloads button.main")
     assert np.asarray(nibabel.load(gunzipped(download.value.path(), tmp_path)).dataobj).shape == (SIDE, SIDE, SLICES)
+
+
+def test_images_without_hu_have_greys_of_their_own(opened, server, predictors, patient):
+    """The view of a finished job written anew: an MR that became a CT, and an MR that became another."""
+    view = opened()
+    give(view, patient)
+    view.wait_for_selector("#viewer[data-ready]")
+    ct = read_volume(patient)
+    mr = replace(ct, array=np.abs(ct.array + 1000) * 0.01, unit="arbitrary")
+    job = server.job(view)
+    for synthetic, presets in ((ct, ["Soft tissue", "Lung", "Bone", "PE"]), (mr, ["Full range"])):
+        write_views(predictors["se"], (mr,), synthetic, job.view, {})
+        view.reload()
+        view.wait_for_selector("#viewer[data-ready]")
+        assert view.locator("#windows label").all_inner_texts() == presets
+        assert view.inner_text("#viewer .part") == word("no_difference") and view.is_hidden(".colours")
+        assert view.locator(".view").count() == 2
+        value = mr.array[place(view), SIDE - 1 - SIDE // 2, SIDE - 1 - SIDE // 2]
+        assert float(view.inner_text('[data-name="source"] output')) == pytest.approx(float(value), abs=2e-3)
+        before = {name: pixels(view, name) for name in ("source", "synthetic")}
+        assert all(image.std() > 15 for image in before.values())
+        box = view.locator('[data-name="source"] .screen').bounding_box()
+        view.mouse.move(box["x"] + 100, box["y"] + 100)
+        view.mouse.down(button="right")
+        view.mouse.move(box["x"] + 200, box["y"] + 100, steps=3)
+        view.mouse.up(button="right")
+        assert np.abs(pixels(view, "source") - before["source"]).mean() > 1
+        assert np.abs(pixels(view, "synthetic") - before["synthetic"]).max() == 0
 
 
 def gunzipped(path, folder):

@@ -156,6 +156,7 @@ def make_app(served: Served) -> FastAPI:
     # Without a token nothing of it stands in the document either.
     authorised = [Depends(authorise)] if served.token else []
     app.include_router(_jobs_of(served), dependencies=authorised)
+    app.include_router(_results_of(served), dependencies=authorised)
     _add_page(app)
 
     @app.get("/health", responses={503: {"model": Health, "description": "no work is taken or done"}})
@@ -200,18 +201,8 @@ def _add_page(app: FastAPI) -> None:
 
 def _jobs_of(served: Served) -> APIRouter:
     router, jobs = APIRouter(prefix="/api"), served.jobs
-    uploading = anyio.CapacityLimiter(max(jobs.most_waiting, 1))
-
-    def known(job_id: str) -> Job:
-        """The job, or 404: what was given never becomes a path."""
-        if (job := jobs.get(job_id)) is None:
-            raise HTTPException(404, "there is no such job; results are erased after a time")
-        return job
-
-    def finished(job_id: str) -> Job:
-        if (job := known(job_id)).state != "done":
-            raise HTTPException(409, f"the job is {job.state}; there is no result")
-        return job
+    # A few more than may wait, so that they are told that the queue is full.
+    uploading = anyio.CapacityLimiter(jobs.most_waiting + 8)
 
     @router.get("/models", responses={401: ERRORS[401]})
     def models() -> list[Model]:
@@ -227,7 +218,8 @@ def _jobs_of(served: Served) -> APIRouter:
         """Give images; the answer says where to ask for the result."""
         body = _Body(request)
         try:
-            job = await anyio.to_thread.run_sync(_submission(served, request, body, idempotency_key), limiter=uploading)
+            submission = _submission(served, request, body, idempotency_key)
+            status = await anyio.to_thread.run_sync(submission, limiter=uploading)
         except Exception as error:
             if (answer := _as_answer(error)) is error:
                 raise
@@ -235,43 +227,49 @@ def _jobs_of(served: Served) -> APIRouter:
         finally:
             await body.drain()
         served.worker.woken.set()
-        response.headers["Location"] = f"/api/jobs/{job.id}"
-        return _status(served, job)
+        response.headers["Location"] = f"/api/jobs/{status.id}"
+        return status
 
     @router.get("/jobs/{job_id}", responses={code: ERRORS[code] for code in (401, 404)})
     def status(job_id: str) -> Status:
         """How far a job is."""
-        return _status(served, known(job_id))
+        return _status(served, _known(served, job_id))
 
     @router.delete(
         "/jobs/{job_id}", status_code=204, responses={code: ERRORS[code] for code in (401, 403, 404, 409, 507)}
     )
     def remove(job_id: str) -> None:
         """Cancel a job that waits or is at work; erase one that is finished."""
-        job = known(job_id)
+        job = _known(served, job_id)
         if not jobs.cancel(job.id) and not jobs.erase(job.id) and jobs.get(job.id):
             raise HTTPException(409, "the result is still on its way to its destination; erase it when it is there")
+
+    return router
+
+
+def _results_of(served: Served) -> APIRouter:
+    router = APIRouter(prefix="/api")
 
     @router.get("/jobs/{job_id}/result", responses={**ERRORS, **BINARY}, response_class=FileResponse)
     def result(job_id: str, format: Format = "native") -> FileResponse:
         """The synthetic image as one file: a zip of DICOM, a NIfTI, or the format of the source."""
-        job = finished(job_id)
+        job = _finished(served, job_id)
         try:
             file = result_file(job, format)
         except (DataError, FileNotFoundError) as error:
-            known(job_id)  # not erased meanwhile
+            _known(served, job_id)  # not erased meanwhile
             raise HTTPException(409, as_given(str(error), job.folder)) from None
         return FileResponse(file, media_type="application/octet-stream", filename=file.name)
 
     @router.get("/jobs/{job_id}/view", responses={code: ERRORS[code] for code in (401, 404, 409)})
     def view(job_id: str) -> dict[str, Any]:
         """What the page shows beside the images: positions, windows, gates of every slice."""
-        return json.loads((finished(job_id).view / VIEW).read_text(encoding="utf-8"))
+        return json.loads((_finished(served, job_id).view / VIEW).read_text(encoding="utf-8"))
 
     @router.get("/jobs/{job_id}/view/{file}", responses={**ERRORS, **BINARY}, response_class=FileResponse)
     def view_file(job_id: str, file: str) -> FileResponse:
         """One of the images that the view names."""
-        job = finished(job_id)
+        job = _finished(served, job_id)
         named = [
             image["file"] for image in json.loads((job.view / VIEW).read_text(encoding="utf-8"))["images"].values()
         ]
@@ -280,6 +278,19 @@ def _jobs_of(served: Served) -> APIRouter:
         return FileResponse(job.view / file, media_type="application/gzip")
 
     return router
+
+
+def _known(served: Served, job_id: str) -> Job:
+    """The job, or 404: what was given never becomes a path."""
+    if (job := served.jobs.get(job_id)) is None:
+        raise HTTPException(404, "there is no such job; results are erased after a time")
+    return job
+
+
+def _finished(served: Served, job_id: str) -> Job:
+    if (job := _known(served, job_id)).state != "done":
+        raise HTTPException(409, f"the job is {job.state}; there is no result")
+    return job
 
 
 class _Body:
@@ -305,8 +316,8 @@ class _Body:
                 drained += len(await self.next())
 
 
-def _submission(served: Served, request: Request, body: _Body, key: str | None) -> Callable[[], Job]:
-    """What submits the job of a request, to be called in a thread, while the event loop reads the body."""
+def _submission(served: Served, request: Request, body: _Body, key: str | None) -> Callable[[], Status]:
+    """What submits the job of a request and gives its status, called in a thread; the event loop reads the body."""
     bounds, fields = served.bounds, dict[str, str]()
 
     def fill(folder: Path) -> None:
@@ -329,13 +340,13 @@ def _submission(served: Served, request: Request, body: _Body, key: str | None) 
         parts = [key, _chosen(served, fields), image_hash(folder)]
         return f"rest:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
 
-    def submit() -> Job:
+    def submit() -> Status:
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > bounds.most_bytes:
             raise TooLarge(f"larger than {bounds.most_bytes // MIB} MiB, the most that is taken at once")
         if _full_disk(served):
             raise OSError(errno.ENOSPC, "the disk is full")
-        return served.jobs.submit(lambda: _chosen(served, fields), fill, key=said if key else None)
+        return _status(served, served.jobs.submit(lambda: _chosen(served, fields), fill, key=said if key else None))
 
     return submit
 

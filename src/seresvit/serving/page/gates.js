@@ -40,7 +40,8 @@ function chart(block, branches) {
   const ends = (branch) => [share(Math.min(...branches[branch])), share(Math.max(...branches[branch]))];
   const [[t_low, t_high], [c_low, c_high]] = [ends("transformer"), ends("cnn")];
   const attributes = { viewBox: "0 0 300 64", preserveAspectRatio: "none", role: "img", class: "chart" };
-  attributes["aria-label"] = word("chart_label", { block: title(block), t_low, t_high, c_low, c_high });
+  const ranges = word("over_slices", { t_low, t_high, c_low, c_high });
+  attributes["aria-label"] = `${title(block)}. ${ranges}`;
   for (const [name, value] of Object.entries(attributes)) svg.setAttribute(name, value);
   for (const [branch, line] of Object.entries(branches)) {
     const path = document.createElementNS(SVG, "polyline");
@@ -52,9 +53,8 @@ function chart(block, branches) {
   for (const [name, value] of Object.entries({ class: "here", y1: 0, y2: 64 })) here.setAttribute(name, value);
   svg.append(here);
   const moved = Object.values(branches).map((line) => Math.max(...line) - Math.min(...line));
-  const said = [word("over_slices", { low: share(low), high: share(high) })];
-  if (Math.max(...moved) < HARDLY) said.push(word("hardly"));
-  return [svg, element("p", { class: "note" }, said.join(" "))];
+  const said = Math.max(...moved) < HARDLY ? `${ranges} ${word("hardly")}` : ranges;
+  return [svg, element("p", { class: "note" }, said)];
 }
 
 /** Sets the bars to those of a slice. */

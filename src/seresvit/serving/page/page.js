@@ -12,6 +12,7 @@ let screen = { name: "" };
 let viewer = null;
 let timer = 0;
 let pace = null;
+let spoken = "";
 
 const say = (text) => (find("#told").textContent = text);
 
@@ -114,6 +115,10 @@ function renderWork() {
   }[phase];
   put(find("#work h1"), word(`working_${phase}`));
   put(find("#work .detail"), detail && (total || phase === "queued") ? detail() : "");
+  // Screen readers hear of every step, and of every quarter of it.
+  const mark = `${phase} ${total ? Math.floor((4 * done) / total) : ""}`;
+  if (mark !== spoken) say([word(`working_${phase}`), find("#work .detail").textContent].filter(Boolean).join(". "));
+  spoken = mark;
   if (total && phase !== "queued") bar.value = done / total;
   else bar.removeAttribute("value");
   find("#lost").hidden = !screen.lost;
