@@ -262,9 +262,10 @@ def test_an_archive_that_gives_up_half_way_gets_the_rest_later(jobs, finished, a
     assert weak.stored == [one, two, two, three]
 
 
-def test_a_warning_counts_as_stored(jobs, finished, archive):
+@pytest.mark.parametrize("answers", [(0xB000, 0xB006, 0xB007), (0x0111, 0x0111, 0)])
+def test_a_warning_counts_as_stored_and_so_does_what_was_there(jobs, finished, archive, answers):
     coercing = archive()
-    coercing.answers = {1: 0xB000, 2: 0xB006, 3: 0xB007}
+    coercing.answers = dict(enumerate(answers, 1))
     job = finished()
     with Deliveries(jobs, [coercing.peer], QUICK).started() as deliveries:
         deliveries.announce(job)
@@ -493,6 +494,27 @@ def test_stow_sends_again_only_what_was_not_taken(jobs, finished, web):
     assert [here for *_, here in seen] == [[one, two, three], [one, two, three], [three]]
     assert {path for path, *_ in seen} == {"/dicom-web/studies"}
     assert {shown for _, shown, _ in seen} == {"Basic Y2xpbmljOnNlY3JldCB3b3Jk"}
+
+
+def test_what_a_stow_server_has_is_not_sent_for_ever(jobs, finished, web):
+    server, url = web
+    job, calls = finished(), []
+
+    def answer(path, headers, body):
+        here = [one for one in instances_of(job) if one.encode() in body]
+        calls.append(len(here))
+        reasons = [{"vr": "US", "Value": [0x0111]}, {"vr": "US", "Value": [0x0110]}, None]
+        items = [
+            {"00081155": {"vr": "UI", "Value": [one]}, **({"00081197": reason} if reason else {})}
+            for one, reason in zip(here, reasons if len(calls) == 1 else reasons[:1] * 2, strict=True)
+        ]
+        return 409, json.dumps({"00081198": {"vr": "SQ", "Value": items}}).encode()
+
+    server.answer = answer
+    with Deliveries(jobs, [stow_from(url)], QUICK).started() as deliveries:
+        deliveries.announce(job)
+        delivered(deliveries, job)
+    assert calls == [3, 2]
 
 
 @pytest.mark.parametrize("trusted", [True, False])

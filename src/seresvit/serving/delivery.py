@@ -27,10 +27,11 @@ from seresvit.data.dicom import tolerant
 from seresvit.serving import commitment
 from seresvit.serving.jobs import Job, Jobs
 from seresvit.serving.peers import Peer, Tls, Unreachable, Untaken, connected
-from seresvit.serving.stow import Stow, stow
+from seresvit.serving.stow import DUPLICATE, Stow, stow
 
-# C-STORE: stored, perhaps with coerced or dropped elements (PS3.4, B.2.3).
-STORED = (0x0000, 0xB000, 0xB006, 0xB007)
+# C-STORE: stored, perhaps with coerced or dropped elements (PS3.4, B.2.3), or there before, and its answer was lost
+# (PS3.7, annex C): of ours, two of one UID are the same.
+STORED = (0x0000, 0xB000, 0xB006, 0xB007, DUPLICATE)
 OUT_OF_RESOURCES = range(0xA700, 0xA800)
 # How long a report is waited for on the association that asked for it.
 COMMITMENT_HERE_S = 2.0
