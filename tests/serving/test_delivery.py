@@ -336,6 +336,24 @@ def test_nothing_is_erased_before_it_is_delivered(jobs, finished, archive):
     assert not Deliveries(jobs, [Peer("PACS", "127.0.0.1", port)], QUICK).states(job.id)
 
 
+def test_what_another_job_takes_the_place_of_is_not_sent_later(jobs, finished, archive):
+    port = free_port()
+    deliveries = Deliveries(jobs, [Peer("PACS", "127.0.0.1", port)], QUICK)
+    announced, ended, begun = finished(), finished(), finished("P002")
+    for job in (announced, begun):
+        deliveries.announce(job)
+    row = deliveries._row.get(job_id=begun.id)
+    deliveries._taken.create(delivery=row.number, name="SYN_0001.dcm", sop_class="", sop_instance="")
+    for job in (announced, ended, begun):
+        deliveries.withdraw(job.id)
+    deliveries.announce(ended)
+    assert not deliveries.needs(announced) and not deliveries.needs(ended) and deliveries.waiting() == 1
+    with deliveries.started():
+        there = archive(port)
+        delivered(deliveries, begun)
+    assert there.stored == instances_of(begun)[1:]
+
+
 def test_what_ended_just_before_a_crash_is_not_erased_before_it_is_announced(jobs, finished, archive):
     job = finished()
     deliveries = Deliveries(jobs, [archive().peer], QUICK)

@@ -338,14 +338,16 @@ def test_a_sender_that_never_comes_again_leaves_a_job_of_what_there_is(jobs, set
 
 def test_slices_that_come_later_make_a_job_of_all_and_end_the_first(jobs, settings, series):
     first, *others = files_of(series)
-    with start_node(settings, jobs, MODELS), association(settings) as sender:
+    told = []
+    with start_node(settings, jobs, MODELS) as node, association(settings) as sender:
+        node.spool.superseded.append(told.append)
         sender.send_c_store(pydicom.dcmread(first))
         early = one_job(jobs, 1)
         for file in others:
             sender.send_c_store(pydicom.dcmread(file))
         until(lambda: jobs.get(early.id).state == "cancelled")
         one_job(jobs)
-    assert jobs.count("queued") == 1
+    assert jobs.count("queued") == 1 and early.id in told
 
 
 def test_a_series_that_comes_under_another_patient_is_another_job(jobs, settings, series):

@@ -32,6 +32,8 @@ from seresvit.serving.stow import DUPLICATE, Stow, stow
 # C-STORE: stored, perhaps with coerced or dropped elements (PS3.4, B.2.3), or there before, and its answer was lost
 # (PS3.7, annex C): of ours, two of one UID are the same.
 STORED = (0x0000, 0xB000, 0xB006, 0xB007, DUPLICATE)
+# Deliveries that nothing more is done about.
+CLOSED = ("delivered", "withdrawn")
 OUT_OF_RESOURCES = range(0xA700, 0xA800)
 # How long a report is waited for on the association that asked for it.
 COMMITMENT_HERE_S = 2.0
@@ -78,7 +80,7 @@ class Deliveries:
         for row in list(self._row.select()):
             if jobs.get(row.job_id) is None:
                 self._forget(row)
-            elif row.state != "delivered" and row.destination not in self.destinations:
+            elif row.state not in CLOSED and row.destination not in self.destinations:
                 log.warning("job %s was to go to %s, which is no destination any more", row.job_id, row.destination)
 
     def announce(self, job: Job) -> None:
@@ -88,6 +90,16 @@ class Deliveries:
         for name, new in self._new.items():
             self._row.insert(job_id=job.id, destination=name).on_conflict_ignore().execute()
             new.set()
+
+    def withdraw(self, job_id: str) -> None:
+        """Another job has taken this one's place: where nothing of it was sent yet, nothing will be."""
+        begun = self._taken.select(self._taken.delivery)
+        with self.jobs.database.atomic("IMMEDIATE"):
+            for name in self.destinations:
+                self._row.insert(job_id=job_id, destination=name).on_conflict_ignore().execute()
+            of_job = (self._row.job_id == job_id) & (self._row.state == "waiting") & self._row.number.not_in(begun)
+            if self._row.update(state="withdrawn").where(of_job).execute():
+                log.info("job %s is not sent to where nothing of it is yet: another took its place", job_id)
 
     def needs(self, job: Job) -> bool:
         """Whether a destination still has to get the files of this job, or to be told of it."""
@@ -102,7 +114,7 @@ class Deliveries:
         return int(self._open().count())
 
     def states(self, job_id: str) -> dict[str, str]:
-        """By destination: waiting, asked (all is sent, nothing yet committed) or delivered."""
+        """By destination: waiting, asked (all is sent, nothing yet committed), delivered or withdrawn."""
         return {row.destination: row.state for row in self._row.select().where(self._row.job_id == job_id)}
 
     def committed(self, report: commitment.Report) -> bool:
@@ -181,7 +193,7 @@ class Deliveries:
 
     def _open(self) -> Any:
         here = self._row.destination.in_(list(self.destinations))
-        return self._row.select().where((self._row.state != "delivered") & here)
+        return self._row.select().where(self._row.state.not_in(CLOSED) & here)
 
     def _deliver(self, row: Any, stopping: threading.Event) -> None:
         job = self.jobs.get(row.job_id)
@@ -254,7 +266,7 @@ class Deliveries:
         attempts = row.attempts + 1
         retry_s = self.sending.retry_s(attempts)
         change = {"state": "waiting", "attempts": attempts, "next_at": time.time() + retry_s}
-        still = (self._row.number == row.number) & (self._row.state != "delivered")
+        still = (self._row.number == row.number) & self._row.state.not_in(CLOSED)
         self._row.update(change).where(still).execute()
         told = (row.job_id, row.destination, reason, retry_s)
         log.warning("job %s is not yet delivered to %s: %s; tried again in %.0f s", *told)

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class Spool:
         self.folder, self.jobs, self.models = Path(folder), jobs, dict(models)
         self.quiet_s, self.least_free_bytes = quiet_s, least_free_bytes
         self.received, self.refused = 0, 0
+        # Told the id of each job whose place another took.
+        self.superseded: list[Callable[[str], None]] = []
         self._lock = threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for unfinished in [*self.folder.glob(".receiving-*"), *self.folder.glob("*/.writing-*")]:
@@ -192,8 +194,11 @@ class Spool:
             job = self._submit(series, objects, people, modality)
             log.info("a series of %d objects is job %s", len(objects), job.id)
         # Before it is written down, since a crash between the two would leave the earlier job at work.
-        if before and before.job and job and before.job != job.id and self.jobs.cancel(before.job):
-            log.info("job %s is cancelled: more of its series came, and job %s has all", before.job, job.id)
+        if before and before.job and job and before.job != job.id:
+            if self.jobs.cancel(before.job):
+                log.info("job %s is cancelled: more of its series came, and job %s has all", before.job, job.id)
+            for tell in self.superseded:
+                tell(before.job)
         _keep(series, Decision(found, job.id if job else None))
 
     def _not_synthesised(self, headers: list[Dataset]) -> tuple[str, str]:
