@@ -354,6 +354,15 @@ def test_what_another_job_takes_the_place_of_is_not_sent_later(jobs, finished, a
     assert there.stored == instances_of(begun)[1:]
 
 
+def test_nothing_is_not_said_to_be_delivered(jobs, finished, archive, caplog):
+    deliveries, job = Deliveries(jobs, [archive().peer], QUICK), finished()
+    shutil.rmtree(job.result)
+    deliveries.announce(job)
+    with deliveries.started():
+        until(lambda: "its files are gone from here" in caplog.text)
+    assert set(deliveries.states(job.id).values()) == {"waiting"}
+
+
 def test_what_ended_just_before_a_crash_is_not_erased_before_it_is_announced(jobs, finished, archive):
     job = finished()
     deliveries = Deliveries(jobs, [archive().peer], QUICK)

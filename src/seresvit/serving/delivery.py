@@ -201,7 +201,10 @@ class Deliveries:
             self._forget(row)
             return
         there = {one.name for one in self._taken.select().where(self._taken.delivery == row.number)}
-        paths = [path for path in sorted(job.result.glob("*.dcm")) if path.name not in there]
+        files = sorted(job.result.glob("*.dcm"))
+        if not files:
+            raise Untaken("its files are gone from here")
+        paths = [path for path in files if path.name not in there]
 
         def taken(path: Path) -> None:
             meta = read_file_meta_info(path)
