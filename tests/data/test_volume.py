@@ -145,9 +145,7 @@ def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "old").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_large_arrays_lie_in_a_file_without_a_name_where_it_has_room(
-    tmp_path, monkeypatch
-):
+def test_large_arrays_lie_in_a_file_without_a_name_where_it_has_room(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(volumes, "MOST_IN_MEMORY", 4000)
     small, large = room((10, 10, 10)), room((10, 10, 11))

@@ -20,7 +20,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from seresvit.data import read_volume
-from seresvit.serving import api
+from seresvit.serving import api, results
 from seresvit.serving.api import Served, make_app
 from seresvit.serving.uploads import Bounds
 from seresvit.serving.worker import Worker
@@ -229,6 +229,12 @@ def test_the_same_key_again_is_the_same_job(client, served, patients):
     assert client.post("/api/jobs", files=study(patients), headers={"Idempotency-Key": "x" * 201}).status_code == 422
 
 
+def test_the_same_key_for_other_images_is_another_job(client, served, patients):
+    files, key = [study(patients, name) for name in ("P001", "P002")], {"Idempotency-Key": "1"}
+    first, second = (client.post("/api/jobs", files=one, headers=key).json()["id"] for one in files)
+    assert first != second and served.jobs.count("queued") == 2
+
+
 def test_an_upload_that_takes_too_long_is_ended(client, served, patients, monkeypatch):
     monkeypatch.setattr(api, "MOST_UPLOAD_S", 0.0)
     assert client.post("/api/jobs", files=study(patients)).status_code == 408
@@ -251,6 +257,18 @@ def test_what_a_destination_still_waits_for_is_not_erased(client, served, patien
     refused = client.delete(where)
     assert refused.status_code == 409 and "destination" in refused.json()["detail"]
     assert client.get(where).status_code == 200
+
+
+def test_what_is_erased_while_it_is_downloaded_leaves_nothing(client, served, patients, monkeypatch):
+    job, written = done(client, served, study(patients))["id"], results._write_zip
+
+    def erased_meanwhile(folder, file):
+        assert client.delete(f"/api/jobs/{job}").status_code == 204
+        written(folder, file)
+
+    monkeypatch.setattr(results, "_write_zip", erased_meanwhile)
+    assert client.get(f"/api/jobs/{job}/result?format=dicom").status_code == 404
+    assert not list((served.jobs.folder / "jobs").iterdir())
 
 
 def test_a_full_disk_is_said(client, served, patients, monkeypatch):

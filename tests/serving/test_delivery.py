@@ -262,9 +262,10 @@ def test_an_archive_that_gives_up_half_way_gets_the_rest_later(jobs, finished, a
     assert weak.stored == [one, two, two, three]
 
 
-def test_a_warning_counts_as_stored(jobs, finished, archive):
+@pytest.mark.parametrize("answers", [(0xB000, 0xB006, 0xB007), (0x0111, 0x0111, 0)])
+def test_a_warning_counts_as_stored_and_so_does_what_was_there(jobs, finished, archive, answers):
     coercing = archive()
-    coercing.answers = {1: 0xB000, 2: 0xB006, 3: 0xB007}
+    coercing.answers = dict(enumerate(answers, 1))
     job = finished()
     with Deliveries(jobs, [coercing.peer], QUICK).started() as deliveries:
         deliveries.announce(job)
@@ -333,6 +334,42 @@ def test_nothing_is_erased_before_it_is_delivered(jobs, finished, archive):
         delivered(deliveries, job)
     assert jobs.erase_old() == 1
     assert not Deliveries(jobs, [Peer("PACS", "127.0.0.1", port)], QUICK).states(job.id)
+
+
+def test_what_another_job_takes_the_place_of_is_not_sent_later(jobs, finished, archive):
+    port = free_port()
+    deliveries = Deliveries(jobs, [Peer("PACS", "127.0.0.1", port)], QUICK)
+    announced, ended, begun = finished(), finished(), finished("P002")
+    for job in (announced, begun):
+        deliveries.announce(job)
+    row = deliveries._row.get(job_id=begun.id)
+    deliveries._taken.create(delivery=row.number, name="SYN_0001.dcm", sop_class="", sop_instance="")
+    for job in (announced, ended, begun):
+        deliveries.withdraw(job.id)
+    deliveries.announce(ended)
+    assert not deliveries.needs(announced) and not deliveries.needs(ended) and deliveries.waiting() == 1
+    with deliveries.started():
+        there = archive(port)
+        delivered(deliveries, begun)
+    assert there.stored == instances_of(begun)[1:]
+
+
+def test_nothing_is_not_said_to_be_delivered(jobs, finished, archive, caplog):
+    deliveries, job = Deliveries(jobs, [archive().peer], QUICK), finished()
+    shutil.rmtree(job.result)
+    deliveries.announce(job)
+    with deliveries.started():
+        until(lambda: "its files are gone from here" in caplog.text)
+    assert set(deliveries.states(job.id).values()) == {"waiting"}
+
+
+def test_what_ended_just_before_a_crash_is_not_erased_before_it_is_announced(jobs, finished, archive):
+    job = finished()
+    deliveries = Deliveries(jobs, [archive().peer], QUICK)
+    jobs.keep_s = 0
+    assert not jobs.erase_old() and not jobs.erase(job.id)
+    jobs.announced(job.id)
+    assert jobs.erase_old() == 1 and not deliveries.needs(job)
 
 
 def test_a_destination_that_is_given_no_more_holds_nothing(jobs, finished, archive, caplog):
@@ -484,6 +521,27 @@ def test_stow_sends_again_only_what_was_not_taken(jobs, finished, web):
     assert [here for *_, here in seen] == [[one, two, three], [one, two, three], [three]]
     assert {path for path, *_ in seen} == {"/dicom-web/studies"}
     assert {shown for _, shown, _ in seen} == {"Basic Y2xpbmljOnNlY3JldCB3b3Jk"}
+
+
+def test_what_a_stow_server_has_is_not_sent_for_ever(jobs, finished, web):
+    server, url = web
+    job, calls = finished(), []
+
+    def answer(path, headers, body):
+        here = [one for one in instances_of(job) if one.encode() in body]
+        calls.append(len(here))
+        reasons = [{"vr": "US", "Value": [0x0111]}, {"vr": "US", "Value": [0x0110]}, None]
+        items = [
+            {"00081155": {"vr": "UI", "Value": [one]}, **({"00081197": reason} if reason else {})}
+            for one, reason in zip(here, reasons if len(calls) == 1 else reasons[:1] * 2, strict=True)
+        ]
+        return 409, json.dumps({"00081198": {"vr": "SQ", "Value": items}}).encode()
+
+    server.answer = answer
+    with Deliveries(jobs, [stow_from(url)], QUICK).started() as deliveries:
+        deliveries.announce(job)
+        delivered(deliveries, job)
+    assert calls == [3, 2]
 
 
 @pytest.mark.parametrize("trusted", [True, False])

@@ -28,7 +28,7 @@ from seresvit.data.dicom import tolerant
 from seresvit.serving import commitment
 from seresvit.serving.node import NodeSettings, models_by_modality, node_settings, start_node, transfer_syntaxes
 from seresvit.serving.peers import Peer, Tls, accepted_from, node_from, peer_from, tls_from
-from seresvit.serving.spool import is_ours
+from seresvit.serving.spool import Spool, is_ours
 from seresvit.serving.worker import Worker
 from seresvit.synthesis.predictor import Predictor
 
@@ -338,14 +338,41 @@ def test_a_sender_that_never_comes_again_leaves_a_job_of_what_there_is(jobs, set
 
 def test_slices_that_come_later_make_a_job_of_all_and_end_the_first(jobs, settings, series):
     first, *others = files_of(series)
-    with start_node(settings, jobs, MODELS), association(settings) as sender:
+    told = []
+    with start_node(settings, jobs, MODELS) as node, association(settings) as sender:
+        node.spool.superseded.append(told.append)
         sender.send_c_store(pydicom.dcmread(first))
         early = one_job(jobs, 1)
         for file in others:
             sender.send_c_store(pydicom.dcmread(file))
         until(lambda: jobs.get(early.id).state == "cancelled")
         one_job(jobs)
-    assert jobs.count("queued") == 1
+    assert jobs.count("queued") == 1 and early.id in told
+
+
+def test_a_series_that_comes_under_another_patient_is_another_job(jobs, settings, series):
+    with start_node(settings, jobs, MODELS) as node:
+        for patient in ("P001", "P001", "P002"):
+            with association(settings) as sender:
+                for file in files_of(series):
+                    dataset = pydicom.dcmread(file)
+                    dataset.PatientID = patient
+                    assert sender.send_c_store(dataset).Status == 0
+            until(lambda: not node.spool.waiting())
+        assert read_volume(one_job(jobs).source).patient == "P002"
+    (earlier,) = jobs.in_state("cancelled")
+    assert jobs.count("queued") == 1 and earlier.id != one_job(jobs).id
+
+
+def test_a_series_that_cannot_be_decided_on_keeps_no_other_waiting(jobs, settings, patients):
+    spool, due = Spool(jobs.folder / "spool", jobs, MODELS, 0.0, 0), []
+    for patient in ("P001", "P002"):
+        dataset = pydicom.dcmread(files_of(patients / "110keV" / patient)[0])
+        raw = Path(dataset.filename).read_bytes()
+        due.append(spool.take([raw], dataset.SOPClassUID, dataset.SOPInstanceUID))
+    next((spool.folder / due[0]).glob("*.dcm")).write_bytes(b"a disk that failed")
+    spool.decide()
+    assert jobs.count("queued") == 1 and spool.waiting() == 1
 
 
 def test_a_series_whose_job_failed_is_tried_again_when_it_is_sent_again(jobs, settings, series):

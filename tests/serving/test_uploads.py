@@ -3,6 +3,7 @@
 import errno
 import gzip
 import io
+import json
 import os
 import random
 import stat
@@ -303,3 +304,9 @@ def test_nothing_is_refused(folder, tmp_path):
 def test_names_are_one_line_and_no_path(name):
     shown = base_name(name)
     assert len(shown) <= 255 and "/" not in shown and "\\" not in shown and len(shown.splitlines()) <= 1
+
+
+def test_a_file_that_has_the_name_under_which_another_is_stored_keeps_it(folder):
+    (folder.parent / "names.json").write_text(json.dumps({"000001.dcm": "000002.dcm", "000002.dcm": "Kim.dcm"}))
+    told = as_given(f"{folder}/000001.dcm: 1000001 bytes, unlike 000002.dcm", folder.parent)
+    assert told == "000002.dcm: 1000001 bytes, unlike Kim.dcm"

@@ -28,6 +28,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from seresvit import __version__
+from seresvit.data.pairing import image_hash
 from seresvit.data.volume import DataError
 from seresvit.serving.guard import Guard
 from seresvit.serving.jobs import FINISHED, Job, Jobs, QueueFull, State
@@ -44,7 +45,10 @@ MOST_DRAINED, MOST_DRAIN_S = 16 * MIB, 5.0
 RETRY_S = 15
 FULL = "the server's disk is full; try again later"
 MOST_KEY = 200
-KEY_SAYS = "any word of the client's own: the same again gives the job that there is, as after an answer that was lost"
+KEY_SAYS = (
+    "any word of the client's own: the same again, with the same images and model, gives the job that there is, as "
+    "after an answer that was lost"
+)
 JOB_SECONDS = (1, 3, 10, 30, 100, 300, 1000, 3600)
 
 
@@ -252,7 +256,8 @@ def _results_of(served: Served) -> APIRouter:
         job = _finished(served, job_id)
         try:
             file = result_file(job, format)
-        except DataError as error:
+        except (DataError, FileNotFoundError) as error:
+            _known(served, job_id)  # not erased meanwhile
             raise HTTPException(409, as_given(str(error), job.folder)) from None
         return FileResponse(file, media_type="application/octet-stream", filename=file.name)
 
@@ -330,14 +335,18 @@ def _submission(served: Served, request: Request, body: _Body, key: str | None) 
         _chosen(served, fields)
         arrange(folder, receiver.names, bounds)
 
+    def said(folder: Path) -> str:
+        # With the images, lest a client that uses a word twice be given another patient's result.
+        parts = [key, _chosen(served, fields), image_hash(folder)]
+        return f"rest:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
+
     def submit() -> Status:
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > bounds.most_bytes:
             raise TooLarge(f"larger than {bounds.most_bytes // MIB} MiB, the most that is taken at once")
         if _full_disk(served):
             raise OSError(errno.ENOSPC, "the disk is full")
-        hashed = f"rest:{hashlib.sha256(key.encode()).hexdigest()}" if key else None
-        return _status(served, served.jobs.submit(lambda: _chosen(served, fields), fill, key=hashed))
+        return _status(served, served.jobs.submit(lambda: _chosen(served, fields), fill, key=said if key else None))
 
     return submit
 

@@ -27,10 +27,13 @@ from seresvit.data.dicom import tolerant
 from seresvit.serving import commitment
 from seresvit.serving.jobs import Job, Jobs
 from seresvit.serving.peers import Peer, Tls, Unreachable, Untaken, connected
-from seresvit.serving.stow import Stow, stow
+from seresvit.serving.stow import DUPLICATE, Stow, stow
 
-# C-STORE: stored, perhaps with coerced or dropped elements (PS3.4, B.2.3).
-STORED = (0x0000, 0xB000, 0xB006, 0xB007)
+# C-STORE: stored, perhaps with coerced or dropped elements (PS3.4, B.2.3), or there before, and its answer was lost
+# (PS3.7, annex C): of ours, two of one UID are the same.
+STORED = (0x0000, 0xB000, 0xB006, 0xB007, DUPLICATE)
+# Deliveries that nothing more is done about.
+CLOSED = ("delivered", "withdrawn")
 OUT_OF_RESOURCES = range(0xA700, 0xA800)
 # How long a report is waited for on the association that asked for it.
 COMMITMENT_HERE_S = 2.0
@@ -77,7 +80,7 @@ class Deliveries:
         for row in list(self._row.select()):
             if jobs.get(row.job_id) is None:
                 self._forget(row)
-            elif row.state != "delivered" and row.destination not in self.destinations:
+            elif row.state not in CLOSED and row.destination not in self.destinations:
                 log.warning("job %s was to go to %s, which is no destination any more", row.job_id, row.destination)
 
     def announce(self, job: Job) -> None:
@@ -88,16 +91,30 @@ class Deliveries:
             self._row.insert(job_id=job.id, destination=name).on_conflict_ignore().execute()
             new.set()
 
+    def withdraw(self, job_id: str) -> None:
+        """Another job has taken this one's place: where nothing of it was sent yet, nothing will be."""
+        begun = self._taken.select(self._taken.delivery)
+        with self.jobs.database.atomic("IMMEDIATE"):
+            for name in self.destinations:
+                self._row.insert(job_id=job_id, destination=name).on_conflict_ignore().execute()
+            of_job = (self._row.job_id == job_id) & (self._row.state == "waiting") & self._row.number.not_in(begun)
+            if self._row.update(state="withdrawn").where(of_job).execute():
+                log.info("job %s is not sent to where nothing of it is yet: another took its place", job_id)
+
     def needs(self, job: Job) -> bool:
-        """Whether a destination still has to get the files of this job."""
-        return bool(self._open().where(self._row.job_id == job.id).count())
+        """Whether a destination still has to get the files of this job, or to be told of it."""
+        of_job = self._row.job_id == job.id
+        if self._row.select().where(of_job).count():
+            return bool(self._open().where(of_job).count())
+        is_one = job.origin == "dicom" and job.state == "done" and bool(self.destinations)
+        return is_one and any(job.id == one.id for one in self.jobs.unannounced())
 
     def waiting(self) -> int:
         """How many deliveries are not yet made."""
         return int(self._open().count())
 
     def states(self, job_id: str) -> dict[str, str]:
-        """By destination: waiting, asked (all is sent, nothing yet committed) or delivered."""
+        """By destination: waiting, asked (all is sent, nothing yet committed), delivered or withdrawn."""
         return {row.destination: row.state for row in self._row.select().where(self._row.job_id == job_id)}
 
     def committed(self, report: commitment.Report) -> bool:
@@ -176,7 +193,7 @@ class Deliveries:
 
     def _open(self) -> Any:
         here = self._row.destination.in_(list(self.destinations))
-        return self._row.select().where((self._row.state != "delivered") & here)
+        return self._row.select().where(self._row.state.not_in(CLOSED) & here)
 
     def _deliver(self, row: Any, stopping: threading.Event) -> None:
         job = self.jobs.get(row.job_id)
@@ -184,7 +201,10 @@ class Deliveries:
             self._forget(row)
             return
         there = {one.name for one in self._taken.select().where(self._taken.delivery == row.number)}
-        paths = [path for path in sorted(job.result.glob("*.dcm")) if path.name not in there]
+        files = sorted(job.result.glob("*.dcm"))
+        if not files:
+            raise Untaken("its files are gone from here")
+        paths = [path for path in files if path.name not in there]
 
         def taken(path: Path) -> None:
             meta = read_file_meta_info(path)
@@ -249,7 +269,7 @@ class Deliveries:
         attempts = row.attempts + 1
         retry_s = self.sending.retry_s(attempts)
         change = {"state": "waiting", "attempts": attempts, "next_at": time.time() + retry_s}
-        still = (self._row.number == row.number) & (self._row.state != "delivered")
+        still = (self._row.number == row.number) & self._row.state.not_in(CLOSED)
         self._row.update(change).where(still).execute()
         told = (row.job_id, row.destination, reason, retry_s)
         log.warning("job %s is not yet delivered to %s: %s; tried again in %.0f s", *told)

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -40,6 +40,8 @@ FINISHED: tuple[State, ...] = ("done", "failed", "cancelled")
 MOST_ATTEMPTS = 10
 # What must stay free on the disk for the queue to be written.
 LEAST_FREE = 2**28
+# The beginning of a folder's name that is being removed.
+REMOVED = ".removed-"
 
 
 class QueueFull(DataError):  # noqa: N818
@@ -122,14 +124,15 @@ class Jobs:
         checkpoint: str | Callable[[], str],
         fill: Callable[[Path], object],
         origin: str = "rest",
-        key: str | None = None,
+        key: str | Callable[[Path], str] | None = None,
     ) -> Job:
         """The job, queued, once `fill` has put its images into the folder that it is given, and they are on disk.
 
-        `checkpoint` may be what gives its name once the images are there. A `key` that a job has already gives that
-        job. Raises QueueFull before `fill` is called, and whatever `fill` raises; then nothing is left of it.
+        `checkpoint` may be what gives its name once the images are there, `key` what gives it of the folder that they
+        are in. A `key` that a job has already gives that job. Raises QueueFull before `fill` is called, and whatever
+        `fill` raises; then nothing is left of it.
         """
-        if key and (known := self._row.get_or_none(self._row.key == key)):
+        if isinstance(key, str) and (known := self._row.get_or_none(self._row.key == key)):
             return self._job(known)
         with self._room():
             job_id = secrets.token_hex(16)
@@ -138,12 +141,13 @@ class Jobs:
                 (folder / "source").mkdir(parents=True, mode=0o700)
                 fill(folder / "source")
                 _sync(folder)
+                key = key(folder / "source") if callable(key) else key
                 name = checkpoint if isinstance(checkpoint, str) else checkpoint()
                 now = _now()
                 row = self._row.create(
                     job_id=job_id, key=key or None, origin=origin, checkpoint=name, created=now, queued=now
                 )
-            except IntegrityError:  # the same key at the same time
+            except IntegrityError:  # the same key, before or at the same time
                 shutil.rmtree(folder, ignore_errors=True)
                 return self._job(self._row.get(self._row.key == key))
             except BaseException:
@@ -219,7 +223,7 @@ class Jobs:
             (row.done, row.total), row.finished = self._progress.pop(job_id, (0, 0)), _now()
             row.save()
         if state == "cancelled":
-            shutil.rmtree(self._folder_of(job_id), ignore_errors=True)
+            self._remove(job_id)
 
     def put_back(self, job_id: str) -> None:
         """A running job waits again, as if it had not been taken: the server is being stopped."""
@@ -238,7 +242,7 @@ class Jobs:
             row.cancelling = row.state == "running"
             row.save()
         if row.state == "cancelled":
-            shutil.rmtree(self._folder_of(job_id), ignore_errors=True)
+            self._remove(job_id)
         return True
 
     def erase(self, job_id: str) -> bool:
@@ -247,7 +251,7 @@ class Jobs:
         if job is None or job.state not in FINISHED or any(needs(job) for needs in self.needed_by):
             return False
         self._row.delete().where(self._row.job_id == job_id).execute()
-        shutil.rmtree(job.folder, ignore_errors=True)
+        self._remove(job.id)
         return True
 
     def expires(self, job: Job) -> str:
@@ -294,6 +298,13 @@ class Jobs:
             else:
                 for unfinished in folder.glob(".writing-*"):
                     shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _remove(self, job_id: str) -> None:
+        """The files of a job, also while a download is made of them: what that writes has no place to go to."""
+        gone = self.folder / "jobs" / f"{REMOVED}{job_id}"
+        with suppress(OSError):
+            self._folder_of(job_id).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _sync_result(self, job_id: str) -> None:
         for part in (self._folder_of(job_id) / "result", self._folder_of(job_id) / "view"):

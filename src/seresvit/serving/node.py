@@ -318,6 +318,8 @@ def start_node(
     """
     quieten()
     spool = Spool(jobs.folder / "spool", jobs, models, settings.quiet_s, settings.least_free_bytes)
+    if deliveries:
+        spool.superseded.append(deliveries.withdraw)
     node, stopping = Node(settings, spool, deliveries), threading.Event()
     entity = AE(ae_title=settings.aet)
     entity.require_called_aet = True

@@ -14,8 +14,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ DECIDED = "decided.json"
 OUT_OF_RESOURCES, NO_MATCH, CANNOT_UNDERSTAND, PROCESSING_FAILURE = 0xA700, 0xA900, 0xC000, 0x0110
 NO_SUCH_OBJECT, CLASS_CONFLICT = 0x0112, 0x0119
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality")
+# An archive may put an object right that it had under a wrong patient; all UIDs stay the same then.
+PERSON = ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # A series whose sender was cut short, or in which the server was, waits for the rest so many times as long.
 BROKEN_OFF = 6
@@ -67,6 +69,8 @@ class Spool:
         self.folder, self.jobs, self.models = Path(folder), jobs, dict(models)
         self.quiet_s, self.least_free_bytes = quiet_s, least_free_bytes
         self.received, self.refused = 0, 0
+        # Told the id of each job whose place another took.
+        self.superseded: list[Callable[[str], None]] = []
         self._lock = threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for unfinished in [*self.folder.glob(".receiving-*"), *self.folder.glob("*/.writing-*")]:
@@ -81,7 +85,7 @@ class Spool:
     def take(self, parts: Iterable[Any], sop_class: str, sop_instance: str) -> str:
         """The name of its series, when the object would survive a loss of power; `parts` are the bytes of its file.
 
-        An object that is there already stays as it is. Raises Refused.
+        An object that is there already stays as it is, unless it comes under another patient. Raises Refused.
         """
         try:
             series = self._take(parts, sop_class, sop_instance)
@@ -109,16 +113,21 @@ class Spool:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
-            series = self.folder / _series_name(_identified(temporary, sop_class, sop_instance))
+            header = _identified(temporary, sop_class, sop_instance)
+            series = self.folder / _series_name(header)
             path = series / _object_name(sop_instance)
             with self._lock:
                 series.mkdir(exist_ok=True, mode=0o700)
-                if not path.exists():
+                is_new = not path.exists()
+                if not is_new and _person_in(path) != _person(header):
+                    if before := _decision(series):
+                        _keep(series, Decision("", before.job))  # to be decided again, also after a crash
+                    is_new = True
+                if is_new:
                     os.replace(temporary, path)
+                self._due[series.name] = time.monotonic() + self.quiet_s  # before it can be taken for an old one
             for folder in (series, self.folder):
                 _sync(folder)
-            with self._lock:
-                self._due[series.name] = time.monotonic() + self.quiet_s
             return series.name
         finally:
             temporary.unlink(missing_ok=True)
@@ -155,8 +164,10 @@ class Spool:
             again = None
             try:
                 self._decide(self.folder / name)
-            except (DataError, OSError) as error:  # a full queue, a full disk: later
-                reason = error.strerror if isinstance(error, OSError) else error
+            except Exception as error:  # a full queue, a full disk, a damaged file: later, and now the others
+                reason: object = error if isinstance(error, DataError) else type(error).__name__
+                if isinstance(error, OSError):
+                    reason = error.strerror
                 log.warning("a series of the DICOM node waits: %s", reason)
                 again = time.monotonic() + max(self.quiet_s, LEAST_RETRY_S)
             with self._lock:
@@ -173,22 +184,25 @@ class Spool:
         before, found = _decision(series), _hash(objects)
         if not objects:
             return
-        reason, modality = self._not_synthesised([series / name for name in objects])
+        headers = [_header(series / name) for name in objects]
+        reason, modality = self._not_synthesised(headers)
         job = None
         if reason:
             log.info("a series of %d objects was received and is not synthesised: %s", len(objects), reason)
         else:
-            job = self._submit(series, objects, modality)
+            people = sorted(set(map(_person, headers)))
+            job = self._submit(series, objects, people, modality)
             log.info("a series of %d objects is job %s", len(objects), job.id)
-        with written_whole(series / DECIDED) as path:
-            path.write_text(json.dumps({"objects": found, "job": job.id if job else None}), encoding="utf-8")
-        if before and before.job and job and before.job != job.id and self.jobs.cancel(before.job):
-            log.info("job %s is cancelled: more of its series came, and job %s has all", before.job, job.id)
+        # Before it is written down, since a crash between the two would leave the earlier job at work.
+        if before and before.job and job and before.job != job.id:
+            if self.jobs.cancel(before.job):
+                log.info("job %s is cancelled: more of its series came, and job %s has all", before.job, job.id)
+            for tell in self.superseded:
+                tell(before.job)
+        _keep(series, Decision(found, job.id if job else None))
 
-    def _not_synthesised(self, paths: list[Path]) -> tuple[str, str]:
+    def _not_synthesised(self, headers: list[Dataset]) -> tuple[str, str]:
         """Why these objects are no input, "" if they are; and their modality."""
-        with tolerant():
-            headers = [read_object(path, pixels=False) for path in paths]
         if any(map(is_ours, headers)):
             return "it is synthetic itself", ""
         if all("LOCALIZER" in text_of(header, "ImageType") for header in headers):
@@ -196,9 +210,9 @@ class Spool:
         modality = text_of(headers[0], "Modality")
         return ("" if modality in self.models else f"no checkpoint takes {modality[:16]}"), modality
 
-    def _submit(self, series: Path, objects: list[str], modality: str) -> Job:
+    def _submit(self, series: Path, objects: list[str], people: list[str], modality: str) -> Job:
         checkpoint = self.models[modality]
-        key = "dicom-" + _hash([checkpoint, series.name, *objects])
+        key = "dicom-" + _hash([checkpoint, series.name, *people, *objects])
 
         def fill(source: Path) -> None:
             for name in objects:
@@ -267,6 +281,27 @@ def _decision(series: Path) -> Decision | None:
         return Decision(**json.loads((series / DECIDED).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _keep(series: Path, decision: Decision) -> None:
+    with written_whole(series / DECIDED) as path:
+        path.write_text(json.dumps(asdict(decision)), encoding="utf-8")
+
+
+def _header(path: Path) -> Dataset:
+    with tolerant():
+        return read_object(path, pixels=False)
+
+
+def _person(header: Dataset) -> str:
+    return json.dumps([text_of(header, keyword) for keyword in PERSON])
+
+
+def _person_in(path: Path) -> str:
+    try:
+        return _person(_header(path))
+    except Exception:  # it was read when it came: the disk failed, and the new copy is better
+        return ""
 
 
 def _series_name(header: Dataset) -> str:

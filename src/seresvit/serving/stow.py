@@ -19,7 +19,9 @@ from seresvit.serving.peers import Unreachable, Untaken
 # Servers bound the size of a request; a larger object goes alone.
 BATCH_BYTES = 32 * 2**20
 PIECE = 2**18
-REFERENCED, INSTANCE = "00081199", "00081155"
+REFERENCED, FAILED, INSTANCE, REASON = "00081199", "00081198", "00081155", "00081197"
+# The reason of those who refuse an object that they have.
+DUPLICATE = 0x0111
 # The answers that are about the objects; any other is about the server, or about us.
 ABOUT_OBJECTS = (200, 202, 400, 409, 413, 415)
 
@@ -107,8 +109,11 @@ def _sent(client: httpx.Client, url: str, batch: list[Path]) -> set[str]:
         raise Unreachable(f"it answers {answer.status_code}")
     if answer.status_code in (200, 202, 409):
         try:
-            said = answer.json()
-            return {item[INSTANCE]["Value"][0] for item in _record(said).get(REFERENCED, {}).get("Value", [])}
+            said = _record(answer.json())
+            items = said.get(REFERENCED, {}).get("Value", [])
+            failed = said.get(FAILED, {}).get("Value", [])
+            had = [item for item in failed if item.get(REASON, {}).get("Value") == [DUPLICATE]]
+            return {item[INSTANCE]["Value"][0] for item in [*items, *had]}
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return {"*"} if answer.status_code == 200 else set()
     return set()

@@ -7,6 +7,7 @@ what they are, and `names.json` beside their folder says what they were called.
 import errno
 import gzip
 import json
+import re
 import struct
 import zipfile
 import zlib
@@ -31,6 +32,8 @@ MOST_ENTRY = 512
 # NIfTI keeps its extensions before the voxels, and readers take them whole.
 MOST_EXTENSIONS = 2**20
 MIB = 2**20
+# What may be the name under which a file is stored.
+STORED = re.compile(r"\w+(?:\.\w+)*", re.ASCII)
 
 
 class Malformed(DataError):  # noqa: N818
@@ -191,9 +194,8 @@ def as_given(message: str, job_folder: Path) -> str:
         given = json.loads((job_folder / NAMES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         given = {}
-    for stored in sorted(given, key=len, reverse=True):
-        if stored in message:
-            message = message.replace(stored, given[stored])
+    # At once, since one may have been given the name under which another is stored.
+    message = STORED.sub(lambda found: given.get(found[0], found[0]), message)
     return " ".join(message.split()).removeprefix(": ")
 
 
