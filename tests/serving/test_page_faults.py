@@ -112,7 +112,7 @@ def test_nothing_of_one_job_stands_beside_another(opened, server, patient):
     with view.expect_request(f"**/{other.id}/view"):
         view.evaluate(f"location.hash = '{other.id}'")
     view.wait_for_selector("#result h1")
-    assert not downloads.count() and not view.locator("#gates .block").count()
+    assert view.is_hidden("#downloads") and view.is_hidden("#gates")
     while not held:
         view.wait_for_timeout(50)
     held[0].continue_()
@@ -137,6 +137,23 @@ def test_views_that_come_too_late_change_nothing(opened, server, patient):
     held[0].continue_()
     view.wait_for_timeout(1000)
     assert view.locator("#viewer canvas").count() == 3 and view.input_value("#slice") == "0"
+    assert view.is_hidden("#undrawn") and view.is_visible("#viewer .controls")
+
+
+def test_images_that_cannot_be_shown_can_still_be_taken_home(opened, server, patient):
+    view = opened()
+    give(view, patient)
+    view.wait_for_selector("#viewer[data-ready]")
+    address, image = view.url, server.job(view).view / "synthetic.nii.gz"
+    image.rename(image.with_name("away"))
+    view.reload()
+    view.wait_for_selector("#undrawn:not([hidden])")
+    assert view.is_hidden("#viewer .controls") and view.is_visible("#downloads button.main")
+    image.with_name("away").rename(image)
+    view.goto(f"{server.url}/#")
+    view.wait_for_selector("#start:not([hidden])")
+    view.goto(address)
+    view.wait_for_selector("#viewer[data-ready]")
     assert view.is_hidden("#undrawn") and view.is_visible("#viewer .controls")
 
 

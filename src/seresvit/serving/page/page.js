@@ -2,7 +2,7 @@
 import { all, element, find } from "./elements.js";
 import { filesIn, listed, MOST_FILES, tidied } from "./files.js";
 import { drawGates, drawShares } from "./gates.js";
-import { asCalled, ask, askToken, Trouble, upload } from "./server.js";
+import { asCalled, ask, askToken, upload } from "./server.js";
 import { openViewer } from "./viewer.js";
 import { bytes, loadWords, named, number, setLanguage, time, translate, translated, word } from "./words.js";
 
@@ -200,36 +200,34 @@ async function follow(id) {
 
 async function openResult(job) {
   put(find("#saving"), "");
-  undrawn("");
   show({ name: "result", job });
+  undrawn("");
   const retry = () => openResult(job);
   let told = null;
   try {
     told = await (await ask(`api/jobs/${job.id}/view`)).json();
   } catch (trouble) {
-    if (screen.job !== job) return;
-    if (trouble.status !== 404) return fail(trouble, retry);
+    return screen.job === job && fail(trouble, retry);
   }
   if (screen.job !== job) return;
   screen.told = told;
   render();
-  find("#viewer").hidden = !told;
-  if (!told) return;
   const changed = (slice) => {
     screen.slice = slice;
     drawShares(told, slice);
   };
-  const wanted = () => screen.job === job;
   const fetched = async (file) => (await ask(`api/jobs/${job.id}/view/${file}`)).arrayBuffer();
   try {
     find("#viewer").classList.add("loading");
-    viewer = await openViewer(told, { fetched, changed, say, wanted });
+    const opened = await openViewer(told, { fetched, wanted: () => screen.job === job, changed, say });
+    if (screen.job !== job) return opened?.close();
+    viewer = opened;
     translate();
     find("#viewer").dataset.ready = "yes";
   } catch (error) {
-    if (wanted()) undrawn(error instanceof Trouble ? word("failed_net") : error.message);
+    if (screen.job === job) undrawn(error.message || word("failed_net"));
   } finally {
-    if (wanted()) find("#viewer").classList.remove("loading");
+    find("#viewer").classList.remove("loading");
   }
 }
 
@@ -258,11 +256,8 @@ function renderResult() {
     : [element("li", {}, word("warnings_none"))];
   find("#warnings ul").replaceChildren(...warnings);
   put(find("#downloads .expires"), job.expires ? word("expires", { time: time(job.expires) }) : "");
-  if (!told) {
-    // What stands there is of the job before.
-    for (const part of ["#downloads .act", "#gates .blocks"]) find(part).replaceChildren();
-    return;
-  }
+  for (const part of all("#gates, #downloads")) part.hidden = !told;
+  if (!told) return;
   const formats = told.format === "dicom" ? ["dicom", "nifti"] : told.format === "nifti" ? ["nifti"] : ["native", "nifti"];
   find("#downloads .act").replaceChildren(
     ...formats.map((format) => {
@@ -347,7 +342,10 @@ function connect() {
     event.preventDefault();
     inside = 0;
     light();
-    if (screen.name === "start") choose(await filesIn(event.dataTransfer.items));
+    if (screen.name !== "start") return;
+    const found = await filesIn(event.dataTransfer.items).catch(() => []);
+    choose(found);
+    if (!found.length) refuse("none_found");
   });
   find("#start form").addEventListener("submit", (event) => {
     event.preventDefault();

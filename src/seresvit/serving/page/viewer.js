@@ -22,10 +22,11 @@ const OVER = 0.9;
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
 /** Shows the images that `told` (view.json) names; `fetched(file)` gives their bytes, `changed(slice)` hears of every
-    new slice and `say(text)` speaks to screen readers. It throws, and leaves nothing behind, as soon as it is not
-    `wanted()` any more: another job has the screen. */
-export async function openViewer(told, { fetched, changed, say, wanted }) {
-  if (!document.createElement("canvas").getContext("webgl2")) throw new Error(word("no_webgl"));
+    new slice and `say(text)` speaks to screen readers. Nothing, and null, when they are no longer `wanted()`. */
+export async function openViewer(told, { fetched, wanted, changed, say }) {
+  const tried = document.createElement("canvas").getContext("webgl2");
+  if (!tried) throw new Error(word("no_webgl"));
+  tried.getExtension("WEBGL_lose_context")?.loseContext();
   const shown = { ...told.images, ...(told.difference && { difference: told.difference }) };
   const names = Object.keys(shown);
   const hu = names.filter((name) => shown[name].unit === "HU" && name !== "difference");
@@ -39,11 +40,16 @@ export async function openViewer(told, { fetched, changed, say, wanted }) {
   const at = { vox: [0, 0, Math.floor(last / 2)], zoom: 1, pan: [0, 0, 0] };
   let overlay = null;
   let cross = true;
-  let speaking = 0;
   const stopped = new AbortController();
   const listen = (target, kind, act, options = {}) =>
     target.addEventListener(kind, act, { signal: stopped.signal, ...options });
 
+  const stacks = {};
+  for (const name of Object.keys(told.images)) stacks[name] = await stackOf(await fetched(told.images[name].file));
+  if (!wanted()) return null;
+  const { size } = stacks.synthetic;
+  at.vox = [Math.floor(size[0] / 2), Math.floor(size[1] / 2), at.vox[2]];
+  const difference = new Int16Array(size[0] * size[1]);
   const frame = find("#viewer .views");
   frame.replaceChildren(...names.map(figure));
 
@@ -55,31 +61,6 @@ export async function openViewer(told, { fetched, changed, say, wanted }) {
     views[name] = { screen, canvas, caption };
     return element("figure", { class: "view", "data-name": name }, screen, caption);
   }
-
-  function close() {
-    stopped.abort();
-    clearTimeout(speaking);
-    for (const { drawn, screen } of Object.values(views)) {
-      drawn?.resizeObserver?.disconnect();
-      drawn?.gl?.getExtension("WEBGL_lose_context")?.loseContext();
-      screen.parentElement.remove();
-    }
-  }
-
-  function goOn() {
-    if (wanted()) return;
-    close();
-    throw new Error("left");
-  }
-
-  const stacks = {};
-  for (const name of Object.keys(told.images)) {
-    stacks[name] = await stackOf(await fetched(told.images[name].file));
-    goOn();
-  }
-  const { size } = stacks.synthetic;
-  at.vox = [Math.floor(size[0] / 2), Math.floor(size[1] / 2), at.vox[2]];
-  const difference = new Int16Array(size[0] * size[1]);
 
   for (const name of names) {
     const view = views[name];
@@ -111,7 +92,6 @@ export async function openViewer(told, { fetched, changed, say, wanted }) {
       cal_min,
       cal_max,
     });
-    goOn();
     view.drawn.addVolume(view.volume);
   }
 
@@ -164,6 +144,7 @@ export async function openViewer(told, { fetched, changed, say, wanted }) {
     find("#where").textContent = place();
   }
 
+  let speaking = 0;
   function speak() {
     clearTimeout(speaking);
     speaking = setTimeout(() => {
@@ -408,5 +389,16 @@ export async function openViewer(told, { fetched, changed, say, wanted }) {
   if (views.difference) showDifference(where);
   changed(at.vox[2]);
 
-  return { relabel, close };
+  return {
+    relabel,
+    close() {
+      stopped.abort();
+      clearTimeout(speaking);
+      for (const { drawn, screen } of Object.values(views)) {
+        drawn.resizeObserver?.disconnect();
+        drawn.gl?.getExtension("WEBGL_lose_context")?.loseContext();
+        screen.parentElement.remove();
+      }
+    },
+  };
 }
