@@ -112,7 +112,7 @@ def test_nothing_of_one_job_stands_beside_another(opened, server, patient):
     with view.expect_request(f"**/{other.id}/view"):
         view.evaluate(f"location.hash = '{other.id}'")
     view.wait_for_selector("#result h1")
-    assert not downloads.count() and not view.locator("#gates .block").count()
+    assert view.is_hidden("#downloads") and view.is_hidden("#gates")
     while not held:
         view.wait_for_timeout(50)
     held[0].continue_()

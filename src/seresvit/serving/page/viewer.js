@@ -394,11 +394,11 @@ export async function openViewer(told, { fetched, wanted, changed, say }) {
     close() {
       stopped.abort();
       clearTimeout(speaking);
-      for (const { drawn } of Object.values(views)) {
+      for (const { drawn, screen } of Object.values(views)) {
         drawn.resizeObserver?.disconnect();
         drawn.gl?.getExtension("WEBGL_lose_context")?.loseContext();
+        screen.parentElement.remove();
       }
-      frame.replaceChildren();
     },
   };
 }
