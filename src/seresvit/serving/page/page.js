@@ -138,7 +138,7 @@ function renderFailed() {
   put(find("#failed h1"), word("failed_title"));
   put(find("#failed .advice"), word(screen.key));
   find("#failed .trouble").hidden = !screen.detail;
-  put(find("#failed .detail"), asCalled(screen.detail ?? ""));
+  put(find("#failed .detail"), asCalled(screen.detail ?? "", screen.id));
   find("#retry").hidden = !screen.retry;
 }
 
@@ -182,7 +182,7 @@ async function follow(id) {
     const job = await (await ask(`api/jobs/${id}`)).json();
     if (id !== location.hash.slice(1)) return;
     if (job.state === "done") return openResult(job);
-    if (job.state === "failed") return show({ name: "failed", key: "failed_job", detail: job.message });
+    if (job.state === "failed") return show({ name: "failed", key: "failed_job", detail: job.message, id });
     if (job.state === "cancelled") return show({ name: "failed", key: "failed_cancelled" });
     if (job.state !== "running") pace = null;
     const { done, total, position } = job;
@@ -237,9 +237,9 @@ function undrawn(reason) {
   for (const part of all("#viewer .controls, #viewer .views, #viewer .place, #viewer .colours, #viewer .keys")) part.hidden = Boolean(reason);
 }
 
-function warning(line) {
+function warning(line, job) {
   const [text, lang] = translated(line);
-  return element("span", { lang }, asCalled(text));
+  return element("span", { lang }, asCalled(text, job));
 }
 
 function renderResult() {
@@ -252,7 +252,7 @@ function renderResult() {
   ];
   put(find("#result .facts"), facts.filter(Boolean).join(" · "));
   const warnings = job.warnings?.length
-    ? job.warnings.map((line) => element("li", { class: "warns" }, element("span", { "aria-hidden": "true" }, "⚠"), warning(line)))
+    ? job.warnings.map((line) => element("li", { class: "warns" }, element("span", { "aria-hidden": "true" }, "⚠"), warning(line, job.id)))
     : [element("li", {}, word("warnings_none"))];
   find("#warnings ul").replaceChildren(...warnings);
   put(find("#downloads .expires"), job.expires ? word("expires", { time: time(job.expires) }) : "");
