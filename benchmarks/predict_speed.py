@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from seresvit.config import FusionSettings, ModelSettings, VitSettings
+from seresvit.config import FusionSettings, ModelSettings, VitSettings, load_config
 from seresvit.data import phantom
 from seresvit.data.intensity import Intensity
 from seresvit.model import checkpoint
@@ -30,7 +30,7 @@ from seresvit.model.generator import Generator
 from seresvit.synthesis import backends
 from seresvit.synthesis.export import library, sha256_of, traced, write_onnx
 from seresvit.synthesis.quantise import quantised
-from seresvit.training.processes import peak_memory_mib
+from seresvit.training.processes import peak_memory_mib, precision_of
 
 WINDOW = Intensity("window", -1024.0, 2048.0, "HU")
 EAGER, EAGER_CONCAT, INT8 = "eager, slice by slice", "torch, concat", "openvino-int8"
@@ -153,7 +153,7 @@ def compared(asked: argparse.Namespace, path: Path, device: torch.device, size: 
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the processor itself multiplies bfloat16."""
-    return any(name.endswith("bf16") for name in backends.fastest_first(device))
+    return device.type == "cuda" or precision_of(load_config(None)) == "bf16-mixed"
 
 
 def interval(values: np.ndarray) -> str:

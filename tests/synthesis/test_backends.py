@@ -91,10 +91,6 @@ def test_in_bfloat16_what_carries_the_image_stays_in_float32(saved, monkeypatch)
     carriers |= {"art_1.compress.skip.conv", "art_6.compress.skip.conv"}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == carriers
     assert {*dtypes.values()} == {torch.float32, torch.bfloat16} and len(dtypes) > 40
-    model = backends._kept_precise(backends.exported(network, "c" * 64))
-    marked = [op for op in model.get_ops() if "precise_0" in op.get_rt_info()]
-    layers = [op for op in marked if "Conv" in op.get_type_name()]
-    assert len(layers) == len(carriers) and sum(op.get_type_name() == "Add" for op in marked) >= 11
 
 
 def test_compiled_torch_is_the_folded_network(saved, monkeypatch):
@@ -119,12 +115,7 @@ def test_auto_takes_the_first_that_is_right_and_says_so(saved, source, tmp_path)
     auto = Predictor(saved, "cpu", backend="auto")
     predict_path(auto, source, tmp_path / "auto")
     record = json.loads((tmp_path / "auto" / "prediction.json").read_text())
-    # Where the processor has bfloat16, this noisy network fails in it.
-    tried = [
-        name for name in backends.fastest_first(CPU) if any(f"backend {name} differs" in d for d in record["doubts"])
-    ]
-    assert [*tried, record["backend"]] == backends.fastest_first(CPU)[: len(tried) + 1]
-    assert record["backend"].startswith("openvino")
+    assert record["backend"] == backends.fastest_first(CPU)[0] == "openvino"
     assert record["precision"] == backends.PRECISIONS[record["backend"]]
     assert record["backend_version"].startswith("openvino 2") and 0 <= record["parity"]["mean"] <= 0.5
     predict_path(Predictor(saved, "cpu"), source, tmp_path / "torch")
@@ -147,7 +138,6 @@ def test_a_wrong_backend_is_dropped_in_one_line(saved, source, tmp_path, monkeyp
         return started(name, *arguments)
 
     monkeypatch.setattr(backends, "started", injected)
-    monkeypatch.setattr(backends, "_openvino_has_bf16", lambda: False)
     predict_path(Predictor(saved, "cpu", backend="auto"), source, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "prediction.json").read_text())
     assert record["backend"] == "torch" and record["parity"] is None
@@ -198,9 +188,9 @@ def test_refusals_name_the_remedy(saved, monkeypatch):
         backends.check("onnxruntime", torch.device("cuda"), "running")
     with pytest.raises(ConfigError, match="torch-fp16: needs a GPU"):
         Predictor(saved, "cpu", backend="torch-fp16")
-    if backends.fastest_first(CPU)[0] == "openvino":
-        with pytest.raises(ConfigError, match="no bfloat16"):
-            Predictor(saved, "cpu", backend="openvino-bf16")
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="no bfloat16"):
+        patch.setattr(backends, "_openvino_has_bf16", lambda: False)
+        Predictor(saved, "cpu", backend="openvino-bf16")
     for name in ("onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ConfigError, match=rf'^{name} is not installed; pip install "seresvit\[export\]"$'):

@@ -55,13 +55,13 @@ def fastest_first(device: torch.device) -> list[str]:
 
     The order is a rule and not a race, so that a study gives the same image today and tomorrow;
     `benchmarks/predict_speed.py` says whether it holds on a machine. Compiled torch is not among them: it compiles for
-    longer than most studies take.
+    longer than most studies take; nor is bfloat16 on a CPU, which no trained network has passed the check in.
     """
     if device.type == "cuda":
         return ["torch-fp16", "torch-bf16", "torch"]
     names = []
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("openvino"):
-        names += ["openvino-bf16", "openvino"] if _openvino_has_bf16() else ["openvino"]
+        names.append("openvino")
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
         names.append("onnxruntime")
     return [*names, "torch"]
@@ -100,7 +100,7 @@ def started(name: str, network: Generator, device: torch.device, checkpoint_sha2
         model = exported(network, checkpoint_sha256)
         precision = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "INFERENCE_NUM_THREADS": threads}
         cached = {"CACHE_DIR": str(cache_folder() / "openvino"), "PERFORMANCE_HINT": "LATENCY"}
-        compiled = openvino.Core().compile_model(_kept_precise(model) if bf16 else model, "CPU", precision | cached)
+        compiled = openvino.Core().compile_model(model, "CPU", precision | cached)
         run: Run = lambda source_BCHW: torch.from_numpy(compiled(source_BCHW.numpy())[0])  # noqa: E731
         return Backend(name, f"openvino {openvino.__version__}", run)
     if name == "onnxruntime":
@@ -130,18 +130,6 @@ def together(records: list[dict[str, Any]]) -> dict[str, Any]:
     dropped = dict.fromkeys(line for record in records for line in record["dropped"])
     told = {"parity": worst, "dropped": list(dropped), "member_backends": [record["backend"] for record in records]}
     return joined | told
-
-
-def _kept_precise(path: Path) -> Any:
-    """OpenVINO's model with a mark on what stays in float32: the CARRIERS, and the sums that residual blocks end in.
-
-    The mark is OpenVINO's own attribute "precise", which it has for models whose author knows such places.
-    """
-    model = library("openvino").Core().read_model(path)
-    for operation in model.get_ops():
-        if re.match(rf"/({CARRIERS})/|/art_\d/(compress/)?Add", operation.get_friendly_name()):
-            operation.get_rt_info()["precise_0"] = ""
-    return model
 
 
 def _torch_run(name: str, network: Generator, device: torch.device) -> Run:
