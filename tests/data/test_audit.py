@@ -20,6 +20,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from seresvit.config import DataSettings
+from seresvit.data import phantom
 from seresvit.data.audit import anonymized, audit, stale_path, write
 
 ROOT = Path(__file__).parents[2]
@@ -147,11 +148,32 @@ def test_many_processes_find_the_same_and_a_bad_case_stops_no_other(copy):
     assert [case["patient"] for case in spread.geometry] == [OTHER]
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """As many patients as keep two workers busy for longer than a signal takes."""
+    root = tmp_path_factory.mktemp("many")
+    kev = tuple(float(name.removesuffix("keV")) for name in (SOURCE, TARGET))
+    phantom.simulate(root, patients=32, slices=4, size=32, kev=kev)
+    return root
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, 1)], ids=["Ctrl-C", "worker killed"])
-def test_an_interrupted_audit_and_a_dead_worker_end_in_one_line(ct, tmp_path, sent, code):
-    command = [sys.executable, "-m", "seresvit", "audit", ct, "--source", SOURCE, "--target", TARGET, "--workers", "2"]
+def test_an_interrupted_audit_and_a_dead_worker_end_in_one_line(many, tmp_path, sent, code):
+    command = [
+        sys.executable,
+        "-m",
+        "seresvit",
+        "audit",
+        many,
+        "--source",
+        SOURCE,
+        "--target",
+        TARGET,
+        "--workers",
+        "2",
+    ]
     running = subprocess.Popen(
-        [*map(str, command), "--out", str(tmp_path / "manifest.csv")],
+        [*map(str, command), "--workers", "2", "--out", str(tmp_path / "manifest.csv")],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

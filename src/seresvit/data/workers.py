@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,11 +34,20 @@ def mapping(count: int, module: str, died: str) -> Iterator[Callable[..., Iterab
             ensure_running()
     pool = ProcessPoolExecutor(count, context, _begin)
     try:
+        with _interrupts_held():
+            # Not at the first case: an interrupt in the middle of a start leaves a worker that nobody knows.
+            for started in [pool.submit(time.sleep, 0.05) for _ in range(count)]:
+                started.result()
         yield pool.map
     except BrokenProcessPool:
         raise DataError(died) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except BaseException:
+        # None is waited for, who may be busy for long.
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -51,6 +61,22 @@ def _interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _begin() -> None:
