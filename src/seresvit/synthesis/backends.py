@@ -58,7 +58,8 @@ def fastest_first(device: torch.device) -> list[str]:
     longer than most studies take; nor is bfloat16 on a CPU, which no trained network has passed the check in.
     """
     if device.type == "cuda":
-        return ["torch-fp16", "torch-bf16", "torch"]
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ["torch-fp16", "torch-bf16", "torch"] if has_bf16 else ["torch-fp16", "torch"]
     names = []
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("openvino"):
         names.append("openvino")
