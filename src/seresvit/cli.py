@@ -2,13 +2,12 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from seresvit.terminal import bar, say, show, training_bar
+from seresvit.terminal import bar, fail, say, show, training_bar, warn_of_doubts
 
 app = typer.Typer(
     help="Synthesise a medical image that was not acquired: SE-ResViT.",
@@ -488,22 +487,6 @@ def main() -> None:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded
             fail("the device's memory is full; lower train.batch_size or train.size, or use --device cpu", 1)
         raise
-
-
-def fail(error: object, code: int) -> None:
-    """Say what went wrong in one line and leave with that code."""
-    print(f"seresvit: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-def warn_of_doubts(folders: list[Path]) -> None:
-    """Say what `predict` noted in these prediction folders: inputs unlike those of the training."""
-    import json
-
-    for folder in folders:
-        record = folder / "prediction.json"
-        for doubt in json.loads(record.read_text(encoding="utf-8")).get("doubts", []) if record.is_file() else []:
-            say(f"warning: {folder}: {doubt}")
 
 
 def _names(listed: str) -> list[str]:

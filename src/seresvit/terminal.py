@@ -1,6 +1,9 @@
 """What a person sees of a command: lines, tables, progress. rich is imported late: `--help` needs none of it."""
 
+import json
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -60,3 +63,17 @@ def training_bar(visible: bool = True) -> Any:
             shown.stop()
 
     return bars()
+
+
+def fail(error: object, code: int) -> None:
+    """Say what went wrong in one line and leave with that code."""
+    print(f"seresvit: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def warn_of_doubts(folders: list[Path]) -> None:
+    """Say what `predict` noted in these prediction folders: inputs unlike those of the training."""
+    for folder in folders:
+        record = folder / "prediction.json"
+        for doubt in json.loads(record.read_text(encoding="utf-8")).get("doubts", []) if record.is_file() else []:
+            say(f"warning: {folder}: {doubt}")
