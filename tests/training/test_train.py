@@ -331,6 +331,26 @@ def test_training_lowers_the_error(manifest, tmp_path, micro):
     assert maes[-1] < maes[0] / 2
 
 
+def test_a_compiled_training_compiles_its_steps_once_and_loses_the_same(manifest, tmp_path, monkeypatch, micro):
+    """torch's tracer alone, which hands the graphs to us: its C++ takes minutes."""
+    # Patches, so that validation is of another size; no average, which is never compiled, in the network's place.
+    settings = [*micro, "train.size=24", "train.accumulate=1", "train.ema_images=0"]
+    training.train(load_config(None, settings), manifest, tmp_path / "plain")
+    graphs = []
+
+    def kept(graph, inputs):
+        graphs.append([size for tensor in inputs if isinstance(tensor, torch.Tensor) for size in tensor.shape])
+        return graph
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **how: compiled(net, backend=kept, **how))
+    training.train(load_config(None, [*settings, "train.compile=true"]), manifest, tmp_path / "compiled")
+    assert len(graphs) == 2  # one a stage, none for validation
+    assert all(isinstance(size, int) for sizes in graphs for size in sizes)
+    for line, other in zip(log_of(tmp_path / "compiled"), log_of(tmp_path / "plain"), strict=True):
+        assert line == pytest.approx(other | {k: line[k] for k in line if k == "images_per_s"}, rel=1e-3)
+
+
 def test_losses_of_the_tiny_config_are_the_recorded_ones(tmp_path, monkeypatch):
     """Ten steps of either stage. After a change that means to alter them: UPDATE_GOLDEN=1 pytest FILE."""
     from seresvit.data import phantom

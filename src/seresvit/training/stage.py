@@ -107,7 +107,8 @@ def _set_up(
     discriminator.to(fabric.device)
     optimizer, discriminator_optimizer = adam([others, encoder]), adam([list(discriminator.parameters())])
     if config.train.compile:
-        generator.compile()
+        # All steps are of one size; symbolic sizes take the compiler many times as long.
+        generator.compile(dynamic=False)
     wrapped = *fabric.setup(generator, optimizer), *fabric.setup(discriminator, discriminator_optimizer)
     return Stage(number, settings, *wrapped, average)  # type: ignore[call-arg]
 

@@ -418,7 +418,8 @@ def validation_slices(run: Run) -> list[tuple[PreparedCase, int]]:
 def synthesised(run: Run, network: torch.nn.Module, source_CHW: np.ndarray) -> np.ndarray:
     """What a network in eval mode makes of one slice: (1, H, W) float32."""
     with run.fabric.autocast():
-        return network(torch.from_numpy(source_CHW)[None].to(run.fabric.device))[0].float().cpu().numpy()
+        # `forward` is never the compiled network, which would be compiled anew for every size of image.
+        return network.forward(torch.from_numpy(source_CHW)[None].to(run.fabric.device))[0].float().cpu().numpy()
 
 
 def save(run: Run, stage: Stage) -> None:
