@@ -300,6 +300,10 @@ class Config(Settings):
                 raise ValueError(f"train.{name}.tissue_weights are for a target in HU (data.intensity.target=window)")
             if stage.ms_ssim_weight and min(self.train.size) < 11:
                 raise ValueError(f"train.{name}.ms_ssim_weight needs a train.size of at least 11, the SSIM window")
+            if stage.adversarial_weight and min(self.train.size) < 24:
+                raise ValueError(
+                    f"train.{name}.adversarial_weight needs a train.size of at least 24, which a discriminator can judge"
+                )
         return self
 
     @property

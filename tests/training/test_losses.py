@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from seresvit.config import ConfigError, StageSettings, load_config
 from seresvit.data.intensity import Intensity
+from seresvit.model.discriminator import Discriminator
 from seresvit.training.losses import (
     discriminator_loss,
     generator_losses,
@@ -224,7 +225,16 @@ def test_settings_that_the_data_do_not_allow():
     with pytest.raises(ConfigError, match="target in HU"):
         load_config(None, [weighted, "data.intensity={target: percentile}"])
     with pytest.raises(ConfigError, match="at least 11"):
-        load_config(None, ["train.size=8", "train.stage2={ms_ssim_weight: 1}"])
+        load_config(None, ["train.size=8", "train.stage1={ms_ssim_weight: 1, adversarial_weight: 0}"])
+    with pytest.raises(ConfigError, match="at least 24"):
+        load_config(None, ["train.size=[23,64]"])
+
+
+def test_the_smallest_image_that_a_discriminator_judges_is_the_one_that_settings_allow():
+    discriminator = Discriminator(2, 4)
+    assert discriminator(torch.zeros(2, 2, 24, 24)).shape[2:] == (1, 1)
+    with pytest.raises(RuntimeError):
+        discriminator(torch.zeros(2, 2, 23, 24))
 
 
 def test_the_defaults_are_the_published_losses():
