@@ -302,7 +302,7 @@ class Config(Settings):
                 raise ValueError(f"train.{name}.ms_ssim_weight needs a train.size of at least 11, the SSIM window")
             if stage.adversarial_weight and min(self.train.size) < 24:
                 raise ValueError(
-                    f"train.{name}.adversarial_weight needs a train.size of at least 24, which a discriminator can judge"
+                    f"train.{name}.adversarial_weight needs a train.size of at least 24, for the discriminator"
                 )
         return self
 
