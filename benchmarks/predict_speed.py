@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from seresvit.config import FusionSettings, ModelSettings, VitSettings, load_config
+from seresvit.config import FusionSettings, ModelSettings, VitSettings
 from seresvit.data import phantom
 from seresvit.data.intensity import Intensity
 from seresvit.model import checkpoint
@@ -30,7 +30,7 @@ from seresvit.model.generator import Generator
 from seresvit.synthesis import backends
 from seresvit.synthesis.export import library, sha256_of, traced, write_onnx
 from seresvit.synthesis.quantise import quantised
-from seresvit.training.processes import peak_memory_mib, precision_of
+from seresvit.training.processes import peak_memory_mib
 
 WINDOW = Intensity("window", -1024.0, 2048.0, "HU")
 EAGER, EAGER_CONCAT, INT8 = "eager, slice by slice", "torch, concat", "openvino-int8"
@@ -125,7 +125,7 @@ def compared(asked: argparse.Namespace, path: Path, device: torch.device, size: 
         mib[name] = str((torch.cuda.max_memory_allocated() - before) // 2**20)
     calls: dict[str, Callable[[], object]] = {name: (lambda run=run: run(source_BCHW)) for name, run in runs.items()}
     side = 512 if asked.tiny else 4096 if device.type == "cuda" else 2048
-    products = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if has_bf16(device) else {})
+    products = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if backends.has_bf16(device) else {})
     products |= {"float16": torch.float16} if device.type == "cuda" else {}
     calls |= {f"product {name}": matrix_product(device, dtype, side) for name, dtype in products.items()}
     seconds, expected = timed(calls, asked.rounds), runs[EAGER](source_BCHW)
@@ -149,11 +149,6 @@ def compared(asked: argparse.Namespace, path: Path, device: torch.device, size: 
         rows.append([f"{size}²", str(batch), name, *row, mib[name]])
         print(" · ".join(rows[-1]), flush=True)  # in case that it is stopped before the table
     return rows
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the processor itself multiplies bfloat16."""
-    return device.type == "cuda" or precision_of(load_config(None)) == "bf16-mixed"
 
 
 def interval(values: np.ndarray) -> str:

@@ -1,6 +1,7 @@
 """Backends give what torch gives in float32, or are not used; which one ran is on record."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -13,17 +14,22 @@ from seresvit.data import phantom, read_volume
 from seresvit.data.intensity import Intensity
 from seresvit.data.volume import DataError
 from seresvit.model import checkpoint
-from seresvit.model.generator import Generator
+from seresvit.model.generator import Generator, start_as_identity
 from seresvit.synthesis import backends
+from seresvit.synthesis.export import traced
 from seresvit.synthesis.predict import Predictor, predict_path
 
-for extra in ("onnx", "onnxruntime", "openvino"):
+onnx = pytest.importorskip("onnx")
+for extra in ("onnxruntime", "openvino"):
     pytest.importorskip(extra)
 
 CPU = torch.device("cpu")
 HU = Intensity("window", -1024.0, 2048.0, "HU")
 # The compiled ones compile for a minute; what is around the compiler is tested without it.
-QUICK = ["torch-bf16", "openvino", "onnxruntime"]
+QUICK = ["torch-bf16", "openvino", "openvino-bf16", "onnxruntime"]
+CARRIERS = {"stem.conv", "head.conv", *(f"{way}.{stage}.conv" for way in ("encode", "decode") for stage in (0, 1))}
+for block in ("art_1", "art_6"):
+    CARRIERS |= {f"{block}.compress.skip.conv", f"{block}.fuse.gate.reduce", f"{block}.fuse.gate.expand"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,10 +93,31 @@ def test_in_bfloat16_what_carries_the_image_stays_in_float32(saved, monkeypatch)
     monkeypatch.setattr(backends, "folded", watched)
     network = checkpoint.load(saved)
     backends.started("torch-bf16", network, CPU, "").run(torch.rand(1, 1, 32, 48))
-    carriers = {"stem.conv", "head.conv", *(f"{way}.{stage}.conv" for way in ("encode", "decode") for stage in (0, 1))}
-    carriers |= {"art_1.compress.skip.conv", "art_6.compress.skip.conv"}
-    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == carriers
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == CARRIERS
     assert {*dtypes.values()} == {torch.float32, torch.bfloat16} and len(dtypes) > 40
+
+
+def test_the_graph_in_bfloat16_says_itself_what_stays_in_float32(saved):
+    graph = traced(checkpoint.load(saved), "", "bfloat16").graph
+    kinds = {weight.name: weight.data_type for weight in graph.initializer}
+    weighted = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose", "MatMul")]
+    products = {node.name: kinds[node.input[1]] for node in weighted if node.input[1] in kinds}
+    carriers = {name for name in products if re.search("/(stem|encode|decode|head|fuse|skip)/", name)}
+    assert {name for name, kind in products.items() if kind == onnx.TensorProto.FLOAT} == carriers
+    assert {*products.values()} == {onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16}
+    assert len(carriers) == len(CARRIERS) and len(products) > 40
+
+
+@pytest.mark.parametrize("name", ["torch-bf16", "openvino-bf16"])
+def test_a_gate_that_scales_the_image_does_so_exactly_in_bfloat16(name):
+    """Nothing but carriers and gates makes the image of a network that starts as the identity."""
+    torch.manual_seed(0)
+    vit = VitSettings(depth=1, width=16, heads=2, mlp_width=16)
+    network = Generator(ModelSettings(base_channels=8, token_grid=(2, 3), vit=vit, fusion={"reduction": 4})).eval()
+    start_as_identity(network)
+    network.header = {}
+    backend = backends.started(name, network, CPU, "c" * 64)
+    assert backends.parity(backend, network, torch.rand(1, 1, 32, 48) * 2 - 1, HU)["mean"] < 0.01
 
 
 def test_compiled_torch_is_the_folded_network(saved, monkeypatch):
@@ -111,7 +138,23 @@ def test_the_exported_network_is_kept_for_the_next_run(saved, cache):
     assert first.parent == cache and backends.exported(network, "b" * 64).stat().st_mtime_ns == written
 
 
-def test_auto_takes_the_first_that_is_right_and_says_so(saved, source, tmp_path):
+def test_auto_tries_bfloat16_first_where_the_processor_itself_has_it(monkeypatch):
+    float32 = ["openvino", "onnxruntime", "torch"]
+    for found, names in [
+        ({"avx512_bf16": True}, ["openvino-bf16", "torch-bf16", *float32]),
+        ({"amx_bf16": True}, ["openvino-bf16", "torch-bf16", *float32]),
+        ({"avx512_bf16": False, "avx512_f": True}, float32),
+        ({}, float32),
+    ]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert backends.fastest_first(CPU) == names
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert backends.fastest_first(CPU) == ["torch-bf16", "onnxruntime", "torch"]
+
+
+def test_auto_takes_the_first_that_is_right_and_says_so(saved, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "has_bf16", lambda device: False)
     auto = Predictor(saved, "cpu", backend="auto")
     predict_path(auto, source, tmp_path / "auto")
     record = json.loads((tmp_path / "auto" / "prediction.json").read_text())
@@ -138,6 +181,7 @@ def test_a_wrong_backend_is_dropped_in_one_line(saved, source, tmp_path, monkeyp
         return started(name, *arguments)
 
     monkeypatch.setattr(backends, "started", injected)
+    monkeypatch.setattr(backends, "has_bf16", lambda device: False)
     predict_path(Predictor(saved, "cpu", backend="auto"), source, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "prediction.json").read_text())
     assert record["backend"] == "torch" and record["parity"] is None
@@ -191,6 +235,7 @@ def test_refusals_name_the_remedy(saved, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="no bfloat16"):
         patch.setattr(backends, "_openvino_has_bf16", lambda: False)
         Predictor(saved, "cpu", backend="openvino-bf16")
+    monkeypatch.setattr(backends, "has_bf16", lambda device: False)
     for name in ("onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ConfigError, match=rf'^{name} is not installed; pip install "seresvit\[export\]"$'):

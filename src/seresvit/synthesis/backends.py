@@ -21,7 +21,7 @@ from seresvit.data.intensity import Intensity
 from seresvit.data.volume import DataError
 from seresvit.model.cuda_graph import recorded
 from seresvit.model.generator import Generator
-from seresvit.synthesis.export import CARRIERS, SOURCE, folded, library, traced, write_onnx
+from seresvit.synthesis.export import CARRIERS, SOURCE, adding, folded, library, traced, write_onnx
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -55,17 +55,26 @@ def fastest_first(device: torch.device) -> list[str]:
 
     The order is a rule and not a race, so that a study gives the same image today and tomorrow;
     `benchmarks/predict_speed.py` says whether it holds on a machine. Compiled torch is not among them: it compiles for
-    longer than most studies take; nor is bfloat16 on a CPU, which no trained network has passed the check in.
+    longer than most studies take.
     """
     if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ["torch-fp16", "torch-bf16", "torch"] if has_bf16 else ["torch-fp16", "torch"]
-    names = []
-    if importlib.util.find_spec("onnx") and importlib.util.find_spec("openvino"):
-        names.append("openvino")
-    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
-        names.append("onnxruntime")
-    return [*names, "torch"]
+        names = ["torch-fp16", "torch-bf16", "torch"]
+    else:
+        names = ["openvino-bf16", "torch-bf16", "openvino", "onnxruntime", "torch"]
+    return [name for name in names if _installed(name) and (has_bf16(device) or PRECISIONS[name] != "bfloat16")]
+
+
+def _installed(name: str) -> bool:
+    runtime = name.removesuffix("-bf16")
+    return name.startswith("torch") or all(importlib.util.find_spec(module) for module in ("onnx", runtime))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the processor itself multiplies bfloat16; those that do not may emulate it, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def check(name: str, device: torch.device, norm_statistics: str) -> None:
@@ -94,12 +103,12 @@ def started(name: str, network: Generator, device: torch.device, checkpoint_sha2
 
     Raises ConfigError without the extra, DataError for a network that cannot be exported.
     """
-    bf16 = PRECISIONS[name] == "bfloat16"
     threads = torch.get_num_threads()
     if name == "openvino" or name == "openvino-bf16":
         openvino = library("openvino")
-        model = exported(network, checkpoint_sha256)
-        precision = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "INFERENCE_NUM_THREADS": threads}
+        model = exported(network, checkpoint_sha256, PRECISIONS[name])
+        # What is bfloat16 in the graph stays so; the hint "bf16" would round the carriers too.
+        precision = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
         cached = {"CACHE_DIR": str(cache_folder() / "openvino"), "PERFORMANCE_HINT": "LATENCY"}
         compiled = openvino.Core().compile_model(model, "CPU", precision | cached)
         run: Run = lambda source_BCHW: torch.from_numpy(compiled(source_BCHW.numpy())[0])  # noqa: E731
@@ -140,11 +149,11 @@ def _torch_run(name: str, network: Generator, device: torch.device) -> Run:
     net = folded(network)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if half:
-        for address, layer in list(net.named_modules()):
+        for layer in adding(net):
+            layer.to(half)
+        for address, module in list(net.named_modules()):
             if re.fullmatch(CARRIERS, address):
-                net.set_submodule(address, InFloat32(layer))
-            elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and not re.match(CARRIERS, address):
-                layer.to(half)
+                net.set_submodule(address, InFloat32(module))
     call: Callable[[torch.Tensor], torch.Tensor] = net
     if name.startswith("torch-compiled"):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torch"))
@@ -190,11 +199,11 @@ class InFloat32(nn.Module):
             return self.module(x_BCHW.float())
 
 
-def exported(network: Generator, checkpoint_sha256: str) -> Path:
+def exported(network: Generator, checkpoint_sha256: str, precision: str = "float32") -> Path:
     """The network as ONNX in the cache folder, written when it is not yet there."""
-    path = cache_folder() / f"{checkpoint_sha256[:16]}-{__version__}-torch{torch.__version__}.onnx"
+    path = cache_folder() / f"{checkpoint_sha256[:16]}-{precision}-{__version__}-torch{torch.__version__}.onnx"
     if not path.is_file():
-        write_onnx(traced(network, checkpoint_sha256), path)
+        write_onnx(traced(network, checkpoint_sha256, precision), path)
     return path
 
 
