@@ -209,7 +209,7 @@ def _with_pixels(file: File, header: Dataset) -> Dataset:
     whole.file_meta = header.file_meta
     with file.open("rb") as stream:
         stream.seek(header.ends_at)
-        whole.update(read_dataset(stream, *header.original_encoding))
+        whole.update(read_dataset(stream, *header.original_encoding))  # type: ignore[arg-type]
     return whole
 
 

@@ -1,9 +1,10 @@
 """Many cases one after another: read, worked on and written at the same time, shared out among processes."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import TypeVar
@@ -72,7 +73,7 @@ def followed(
             there = count
         made.result()  # raises what ended the making
 
-    with ThreadPoolExecutor(1, "write") as writer:
+    with ThreadPoolExecutor(1, "write") as writer, _short_turns():
 
         def follow(item: Item, count: int) -> None:
             if not writing:
@@ -93,6 +94,17 @@ def followed(
         for written in writing:
             written.result()
     return made.result()
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Python's threads take turns of 0.5 ms, not 5: each step of the network waits for one while another writes."""
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual_s)
 
 
 def _outcome(writing: Future[None], expected: tuple[type[Exception], ...]) -> Exception | None:
