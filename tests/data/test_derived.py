@@ -148,6 +148,29 @@ def test_the_same_prediction_gives_the_same_bytes_and_any_other_other_uids(serie
     assert len({of_series for of_series, _ in uids}) == 4
 
 
+@pytest.mark.parametrize("last", [1.0, 1000.0, np.nan])
+def test_slices_that_come_one_by_one_give_the_same_bytes(series, tmp_path, last):
+    volume = read_series(series[0])
+    array = volume.array.copy()
+    array[-1] *= last  # a thousand times as many HU do not fit: all that was written before is written again
+    volume = dataclasses.replace(volume, array=np.full_like(array, 7e4))
+
+    def arriving():
+        for number, plane in enumerate(array):
+            volume.array[number] = plane
+            yield number
+
+    if np.isnan(last):
+        with pytest.raises(DataError, match=f"found {array[-1].size} that are not"):
+            write_derived(volume, tmp_path / "out", description="x", arriving=arriving(), **BY)
+        assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".writing-*"))
+        return
+    one_by_one = write_derived(volume, tmp_path / "out", description="x", arriving=arriving(), **BY)
+    whole = write_derived(dataclasses.replace(volume, array=array), tmp_path / "whole", description="x", **BY)
+    assert bytes_of(one_by_one) == bytes_of(whole) and len(whole) == len(array)
+    np.testing.assert_allclose(read_series(tmp_path / "out").array, array, atol=0.5 if last == 1 else 50)
+
+
 def test_korean_labels_and_lossy_flags_survive(series, tmp_path):
     folder, _ = series
     lossy = {"LossyImageCompressionRatio": 8.5, "LossyImageCompressionMethod": "ISO_15444_1"}

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from seresvit.synthesis.pipeline import overlapped, slices_at_a_time
+from seresvit.synthesis.pipeline import followed, overlapped, slices_at_a_time
 
 
 def test_reading_and_writing_take_no_time_of_their_own():
@@ -58,6 +58,71 @@ def test_a_case_that_fails_in_any_step_is_told_and_the_others_are_written(step):
     with pytest.raises(ValueError, match="broken"):
         list(overlapped([0, 1, 2, 3], *map(failing, range(3)), (KeyError,)))
     assert list(overlapped([], failing(9), failing(9), failing(9), ())) == []
+
+
+def test_pieces_are_written_while_the_next_are_made():
+    written, came = [], [threading.Event() for _ in range(5)]
+
+    def make(follow):
+        for count in (2, 5):
+            follow("thing", count)
+            assert came[count - 1].wait(60)  # written before anything more is made
+        return "made"
+
+    def write(thing, arriving, made):
+        for number in arriving:
+            written.append((thing, number))
+            came[number].set()
+        written.append(made())
+
+    assert followed(make, write) == "made"
+    assert written == [*(("thing", number) for number in range(5)), "made"]
+
+
+def test_what_is_never_told_in_pieces_is_written_whole():
+    written = []
+    assert followed(lambda follow: 7, lambda *told: written.append((*told[:2], told[2]()))) == 7
+    assert written == [(None, None, 7)]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_ends_the_making_ends_the_writing_first(error):
+    ended = []
+
+    def make(follow):
+        follow("thing", 1)
+        raise error("broken")
+
+    def write(thing, arriving, made):
+        try:
+            list(arriving)
+        except BaseException as raised:
+            ended.append(raised)
+            raise
+
+    with pytest.raises(error, match="broken"):
+        followed(make, write)
+    assert [str(raised) for raised in ended] == ["broken"]
+
+
+def test_what_ends_the_writing_ends_the_making():
+    made, threads = [], threading.active_count()
+
+    def make(follow):
+        for count in range(1, 1000):
+            follow("thing", count)
+            made.append(count)
+            time.sleep(0.01)
+
+    def write(thing, arriving, _):
+        next(arriving)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        followed(make, write)
+    assert len(made) < 900 and threading.active_count() == threads
+    with pytest.raises(OSError, match="disk full"):  # also where it is found only in the end
+        followed(lambda follow: follow("thing", 1), write)
 
 
 def test_larger_images_come_in_smaller_batches_but_never_in_none():

@@ -1,6 +1,8 @@
 """The Predictor: eval mode, the grid of its source, the target's unit, and refusals in one line."""
 
+import errno
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from seresvit.config import ConfigError, ModelSettings, VitSettings
-from seresvit.data import phantom, read_volume
+from seresvit.data import phantom, read_volume, write_volume
 from seresvit.data.audit import audit, write
 from seresvit.data.mark import lettering
 from seresvit.data.volume import DataError
@@ -147,6 +149,75 @@ def test_what_a_killed_prediction_left_is_removed_by_the_next(predictor, patient
     assert not list((tmp_path / "out").glob(".writing-*"))
     predict_path(predictor, patients / "dicom" / "110keV" / "P001", tmp_path / "one")
     assert not list(tmp_path.glob(".writing-*"))
+
+
+@pytest.fixture
+def slice_by_slice(predictor, monkeypatch):
+    """The predictor with one slice a batch; the test says what happens before each."""
+    monkeypatch.setattr(predictor, "batch_size", 1)
+    seen = []
+
+    def set_watch(act):
+        monkeypatch.setattr(predictor, "watch", lambda _: (seen.append(1), act(len(seen))))
+        return seen
+
+    return set_watch
+
+
+def test_slices_are_written_while_the_network_works_as_they_are_when_it_is_done(
+    predictor, slice_by_slice, patients, tmp_path
+):
+    def wait_for_the_last_but_one(number):
+        for _ in range(6000 if number > 1 else 0):
+            if list(tmp_path.rglob(f"SYN_{number - 1:04d}.dcm")):
+                return
+            time.sleep(0.01)
+        assert number == 1, "nothing is written before the network is done"
+
+    slice_by_slice(wait_for_the_last_but_one)
+    source = patients / "dicom/110keV/P001"
+    out = predict_path(predictor, source, tmp_path / "out")
+    predictor.watch = lambda _: None
+    how = {"description": "Synthetic 70keV (SE-ResViT)", "energy_kev": 70.0}
+    whole = write_volume(
+        predictor(read_volume(source)), tmp_path / "whole", checkpoint_sha256=predictor.checkpoint_sha256, **how
+    )
+    assert len(list(whole.iterdir())) == 5
+    for path in whole.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    record = json.loads((out / "prediction.json").read_text())
+    assert len(record["request"]) == 64 and record["num_bytes"] == sum(p.stat().st_size for p in out.glob("*.dcm"))
+
+
+@pytest.mark.parametrize("fault", ["interrupt", "not a number", "disk full"])
+def test_what_ends_a_prediction_in_the_middle_leaves_what_was_there(
+    predictor, slice_by_slice, patients, tmp_path, monkeypatch, fault
+):
+    source = patients / "dicom/110keV/P001"
+    predict_path(predictor, source, tmp_path / "out", mark="burned")  # an earlier one
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def act(number):
+        if fault == "interrupt" and number == 4:
+            raise KeyboardInterrupt
+        if fault == "not a number" and number == 5:
+            monkeypatch.setattr(predictor.net, "forward", lambda x_BCHW: x_BCHW * torch.nan)
+        if fault == "disk full" and number > 2:
+            time.sleep(0.5)
+
+    def save_as(dataset, path, **_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if fault == "disk full":
+        monkeypatch.setattr(pydicom.Dataset, "save_as", save_as)
+    seen = slice_by_slice(act)
+    expected = {"interrupt": (KeyboardInterrupt, None), "not a number": (DataError, "not finite; check")}
+    error, message = expected.get(fault, (DataError, "cannot be written .No space left on device"))
+    with pytest.raises(error, match=message):
+        predict_path(predictor, source, tmp_path / "out")
+    assert len(seen) < 5 or fault == "not a number"  # the network does not go on for nothing
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_source_unlike_the_training_is_doubted_and_the_record_says_so(predictor, patients, tmp_path):

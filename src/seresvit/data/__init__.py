@@ -1,5 +1,7 @@
 """Volumes from and to disk, whatever the format; the imaging libraries load on first use, not with the package."""
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,14 +54,16 @@ def write_volume(
     checkpoint_sha256: str = "",
     mark: "Mark | None" = None,
     is_uncertainty: bool = False,
+    arriving: Iterable[int] | None = None,
 ) -> Path:
     """Writes `volume` under the folder `path` in its own format; what comes back is what `read_volume` reads again.
 
     DICOM and PNG become the folder, whatever stood there (never its source); NIfTI and ITK images become
     `synthetic.nii.gz`, `.mha` or `.nrrd` in it. `description` goes into the header of every format, `energy_kev` and
     `checkpoint_sha256` into that of DICOM, whose UIDs depend on it. `mark` puts the word SYNTHETIC on every slice:
-    "burned" into the values, or an "overlay", which only DICOM has. DICOM says what `is_uncertainty`. Raises DataError
-    as the writers do.
+    "burned" into the values, or an "overlay", which only DICOM has. DICOM says what `is_uncertainty`. `arriving`, in a
+    volume that is still being made, gives the numbers of its slices, in order, as they come to be there. Raises
+    DataError as the writers do, and what `arriving` raises.
     """
     from seresvit.data.derived import write_derived
     from seresvit.data.mark import burned
@@ -79,8 +83,10 @@ def write_volume(
             energy_kev=energy_kev,
             mark=mark,
             is_uncertainty=is_uncertainty,
+            arriving=arriving,
         )
         return path
+    deque(arriving or (), maxlen=0)  # the other formats are one file, or need the range of all values
     if mark == "overlay":
         raise DataError(f"{volume.path}: only DICOM images have overlay planes; use --mark burned")
     if mark == "burned":

@@ -4,9 +4,8 @@ DICOM PS3.3 C.7.6.1 (General Image), C.7.6.16 (functional groups), C.8.2.2 (mult
 """
 
 import copy
-import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from pydicom import Dataset, uid
@@ -20,7 +19,7 @@ from pydicom.valuerep import format_number_as_ds
 from seresvit import __version__
 from seresvit.data.dicom import text_of
 from seresvit.data.mark import WORD, Mark, lettering
-from seresvit.data.volume import Volume, energy_kev_in, room
+from seresvit.data.volume import Volume, energy_kev_in
 
 
 def _tags(keywords: str) -> set[BaseTag]:
@@ -60,11 +59,11 @@ MULTI_ENERGY = ("MultienergyCTAcquisitionSequence", "MultienergyCTCharacteristic
 
 @dataclass(frozen=True)
 class Derivation:
-    """One derived series: what it is, by which checkpoint, and its values as stored.
+    """One derived series: what it is, by which checkpoint, and how its values are stored.
 
-    `stored` (Z, Y, X) is signed 16 bits of 1 HU where HU fit these; any other values, and an uncertainty, of which
-    parts of one HU count, span unsigned 16 bits. `slope` and `intercept` are the series' own, since a viewer may
-    overlook those of a slice; `window` is centre and width.
+    That is signed 16 bits of 1 HU where HU fit these; any other values, and an uncertainty, of which parts of one HU
+    count, span unsigned 16 bits. `slope` and `intercept` are the series' own, since a viewer may overlook those of a
+    slice; `window` is centre and width. `stored_sha256` is that of all its slices, empty while they are not all there.
     """
 
     label: str
@@ -73,62 +72,60 @@ class Derivation:
     energy_kev: float | None
     mark: Mark | None
     is_uncertainty: bool
-    stored: np.ndarray
+    dtype: Literal["<i2", "<u2"]
     slope: str
     intercept: str
     rescale_type: str
     window: tuple[str, str]
-
-    @cached_property
-    def _stored_sha256(self) -> str:
-        return hashlib.sha256(self.stored.data).hexdigest()
+    stored_sha256: str = ""
 
     def uid_of(self, source_uid: str) -> str:
         """The UID of what was derived from the object of that UID: the same when it is derived again.
 
         An archive takes two objects of one UID for one object. So what a synthetic object depends on is in its UID:
         the source's UID, the checkpoint, the version, the mark, and the values, whose last digit may differ between
-        devices. And nothing is in the object that differs between runs, such as the time.
+        devices. And nothing is in the object that differs between runs, such as the time. All are 64 characters long,
+        so that one can take the place of another in a file.
         """
         made_by = (self.checkpoint_sha256, __version__, self.label, self.energy_kev, self.mark)
-        values = (self._stored_sha256, self.slope, self.intercept)
+        values = (self.stored_sha256, self.slope, self.intercept)
         return uid.generate_uid(entropy_srcs=["|".join(map(str, (source_uid, *made_by, *values)))])
 
 
 def derivation_of(
     volume: Volume,
-    array: np.ndarray,
+    array: np.ndarray | None,
     description: str,
     checkpoint_sha256: str,
     energy_kev: float | None,
     mark: Mark | None,
     is_uncertainty: bool,
 ) -> Derivation:
-    """How the (Z, Y, X) `array`, in the unit of `volume`, is stored and described."""
-    low, high = float(array.min()), float(array.max())
+    """How the (Z, Y, X) `array`, in the unit of `volume`, is stored and described.
+
+    Without one, when they are still to come, they are taken to be HU that fit signed 16 bits.
+    """
     as_ct = volume.unit == "HU" and not is_uncertainty
-    if as_ct and low >= -32768.5 and high <= 32767.5:
-        dtype, slope, intercept = "<i2", "1", "0"
+    dtype: Literal["<i2", "<u2"] = "<i2"
+    if array is None or (as_ct and fit_int16(array)):
+        slope, intercept = "1", "0"
     else:
+        low, high = float(array.min()), float(array.max())
         dtype, slope = "<u2", format_number_as_ds((high - low) / 65534 if high > low else 1.0)
         intercept = format_number_as_ds(low)
     soft_tissue = (40.0 - 200, 40.0 + 200)
-    dim, bright = soft_tissue if as_ct else map(float, np.percentile(array, (1, 99)))
-    stored = room(array.shape, dtype)
-    for plane, values in zip(stored, array, strict=True):
-        steps = np.rint((values.astype(np.float64) - float(intercept)) / float(slope))
-        plane[:] = steps.clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+    dim, bright = soft_tissue if array is None or as_ct else map(float, np.percentile(array, (1, 99)))
     label = description.replace("\\", "/")
     if energy_kev is not None and energy_kev != energy_kev_in(label):
         label = f"{label[:54].rstrip()} {energy_kev:g} keV"
     return Derivation(
         label=label,
         checkpoint_sha256=checkpoint_sha256,
-        modality="CT" if volume.unit == "HU" else volume.modality or text_of(volume.headers[0], "Modality"),
+        modality=modality_of(volume),
         energy_kev=energy_kev,
         mark=mark,
         is_uncertainty=is_uncertainty,
-        stored=stored,
+        dtype=dtype,
         slope=slope,
         intercept=intercept,
         rescale_type="HU" if volume.unit == "HU" else "US",
@@ -137,6 +134,26 @@ def derivation_of(
             format_number_as_ds(max(bright - dim, float(slope))),
         ),
     )
+
+
+def modality_of(volume: Volume) -> str:
+    """CT for HU, whatever they were computed from; else that of the source."""
+    return "CT" if volume.unit == "HU" else volume.modality or text_of(volume.headers[0], "Modality")
+
+
+def fit_int16(array: np.ndarray) -> bool:
+    """Whether all values, rounded, are signed 16-bit numbers; others than numbers are not."""
+    return bool(array.min() >= -32768.5 and array.max() <= 32767.5)
+
+
+def stored_as(derivation: Derivation, plane: np.ndarray) -> np.ndarray:
+    """The plane in 16 bits, as the series stores its values."""
+    if (derivation.slope, derivation.intercept) == ("1", "0"):
+        steps = np.rint(plane)
+    else:
+        steps = np.rint((plane.astype(np.float64) - float(derivation.intercept)) / float(derivation.slope))
+    limits = np.iinfo(derivation.dtype)
+    return steps.clip(limits.min, limits.max).astype(derivation.dtype)
 
 
 def inherited(source: Dataset, modality: str) -> Dataset:
@@ -158,7 +175,9 @@ def inherited(source: Dataset, modality: str) -> Dataset:
     derived = Dataset()
     for tag in list(source.keys()):
         if carries_over(tag) and readable(source, tag):
-            derived.add(copy.deepcopy(source[tag]))
+            # Values are replaced and never changed in place, but for items of sequences.
+            element = source[tag]
+            derived.add(copy.deepcopy(element) if element.VR == "SQ" else copy.copy(element))
     derived.remove_private_tags()
     for tag in TYPE_2 - derived.keys():
         derived.add_new(tag, dictionary_VR(tag), "")
@@ -202,7 +221,7 @@ def describe(derived: Dataset, source: Dataset, derivation: Derivation) -> None:
     # A reader gives MONOCHROME1 bright where signal is high, or in HU.
     derived.SamplesPerPixel, derived.PhotometricInterpretation = 1, "MONOCHROME2"
     derived.BitsAllocated, derived.BitsStored, derived.HighBit = 16, 16, 15
-    derived.PixelRepresentation = int(derivation.stored.dtype.kind == "i")
+    derived.PixelRepresentation = int(derivation.dtype == "<i2")
 
 
 def derivation_statement(derivation: Derivation) -> Dataset:

@@ -4,7 +4,10 @@ A new series of the same study and frame of reference whose every slice names th
 (DICOM PS3.3 C.7.6.1.1.4 and C.12.4.1).
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +20,15 @@ from seresvit.data.derivation import (
     derivation_of,
     derivation_statement,
     describe,
+    fit_int16,
     inherited,
+    modality_of,
     monoenergetic,
     overlay,
     rescale,
     set_pixels,
     source_reference,
+    stored_as,
 )
 from seresvit.data.dicom import text_of, tolerant
 from seresvit.data.enhanced import enhanced_objects, is_enhanced
@@ -47,6 +53,7 @@ def write_derived(
     energy_kev: float | None = None,
     mark: Mark | None = None,
     is_uncertainty: bool = False,
+    arriving: Iterable[int] | None = None,
 ) -> list[Path]:
     """Paths SYN_0001.dcm, ... in `folder`: a slice each in the order of `volume.array`, or an enhanced object each.
 
@@ -55,57 +62,95 @@ def write_derived(
     units keep the modality. Values come back within half a slope; the slope is 1 HU where 16 bits hold the range. The
     same values, source and `checkpoint_sha256` give the same bytes. `energy_kev` goes into SeriesDescription, and into
     the multi-energy attributes where the source has them. `mark`: "burned" into the pixels, or an "overlay" plane.
-    `is_uncertainty`: a map of how far a synthetic image may be off, stored as finely as 16 bits allow. `folder` is
-    replaced when all is written. Raises DataError: headers and slices differ in number or size, values not finite, an
-    overlay for enhanced objects.
+    `is_uncertainty`: a map of how far a synthetic image may be off, stored as finely as 16 bits allow. `arriving`
+    gives the numbers of the slices, in order, as they come to be in `volume.array`: HU of single slices are written
+    then, all else when the last has come. `folder` is replaced when all is written. Raises DataError: headers and
+    slices differ in number or size, values not finite, an overlay for enhanced objects.
     """
     folder, headers, count = Path(folder), volume.headers, len(volume.array)
     if volume.format != "dicom" or len(headers) != count or not headers:
         raise DataError(
             f"{volume.path}: needs one DICOM header a slice, found {len(headers)} for {count}; read DICOM first"
         )
-    if bad := sum(int((~np.isfinite(plane)).sum()) for plane in volume.array):
-        raise DataError(f"{volume.path}: values must be finite, found {bad} that are not; nothing was written")
     if (found := volume.array.shape[1:]) != (size := (headers[0].Rows, headers[0].Columns)):
         raise DataError(f"{volume.path}: slices must be {size} as in the source, found {found}; resample first")
-    array = burned(volume.array, volume.unit) if mark == "burned" else volume.array
+    enhanced = is_enhanced(headers[0], modality_of(volume))
+    if enhanced and mark == "overlay":
+        raise DataError(f"{volume.path}: enhanced DICOM has no overlay planes; use --mark burned")
+    how = (description, checkpoint_sha256, energy_kev, mark, is_uncertainty)
     with tolerant(), written_whole(folder) as temporary:
-        derivation = derivation_of(volume, array, description, checkpoint_sha256, energy_kev, mark, is_uncertainty)
-        objects = _slices
-        if is_enhanced(headers[0], derivation.modality):
-            objects = enhanced_objects
-            if mark == "overlay":
-                raise DataError(f"{volume.path}: enhanced DICOM has no overlay planes; use --mark burned")
         temporary.mkdir()
-        paths = []
-        for number, derived in enumerate(objects(headers, derivation), 1):
-            paths.append(folder / f"SYN_{number:04d}.dcm")
-            derived.save_as(temporary / paths[-1].name, enforce_file_format=True)
-    return paths
+        names, slices = list[str](), range(count) if arriving is None else arriving
+        if volume.unit == "HU" and not is_uncertainty and not enhanced and mark != "burned":
+            names = _write_slices(headers, derivation_of(volume, None, *how), volume.array, slices, temporary)
+        if not names:
+            deque(slices, maxlen=0)
+            array = _checked(volume, mark)
+            derivation = derivation_of(volume, array, *how)
+            if enhanced:
+                for number, derived in enumerate(enhanced_objects(headers, derivation, array), 1):
+                    names.append(f"SYN_{number:04d}.dcm")
+                    derived.save_as(temporary / names[-1], enforce_file_format=True)
+            else:
+                names = _write_slices(headers, derivation, array, range(count), temporary)
+    return [folder / name for name in names]
 
 
-def _slices(headers: tuple[Dataset, ...], derivation: Derivation) -> Iterator[Dataset]:
-    for number, (source, stored) in enumerate(zip(headers, derivation.stored, strict=True), 1):
-        derived = inherited(source, derivation.modality)
-        _complete(derived, source)
-        describe(derived, source, derivation)
-        derived.InstanceNumber = number
-        derived.ImageType = ["DERIVED", "SECONDARY", _third_value(derived, source)]
-        derived.update(derivation_statement(derivation))
-        derived.ImageComments = "Synthetic image: computed, not acquired by a scanner"
-        if derivation.is_uncertainty:
-            derived.ImageComments = "Uncertainty of a synthetic image: a map, no image of the patient"
-        derived.SourceImageSequence = [source_reference(source)]
-        if (energy := monoenergetic(derivation, source)) is not None:
-            derived.ImageType = [*derived.ImageType, "VMI"]
-            derived.MultienergyCTCharacteristicsSequence = [energy]
-        derived.update(rescale(derivation))
-        if not ("WindowCenter" in derived and "WindowWidth" in derived):
-            derived.WindowCenter, derived.WindowWidth = derivation.window
-        if derivation.mark == "overlay":
-            derived.update(overlay(*stored.shape))
-        set_pixels(derived, stored)
-        yield derived
+def _checked(volume: Volume, mark: Mark | None) -> np.ndarray:
+    """The values to be written, once they are all there."""
+    if bad := sum(int((~np.isfinite(plane)).sum()) for plane in volume.array):
+        raise DataError(f"{volume.path}: values must be finite, found {bad} that are not; nothing was written")
+    return burned(volume.array, volume.unit) if mark == "burned" else volume.array
+
+
+def _write_slices(
+    headers: tuple[Dataset, ...], derivation: Derivation, array: np.ndarray, slices: Iterable[int], folder: Path
+) -> list[str]:
+    """The names of the files written, one a slice as `slices` gives their numbers; none when one does not fit.
+
+    The UIDs depend on all values, so that those of the series as yet without its hash stand in until the end.
+    """
+    names, stored_sha256, num_bytes = list[str](), hashlib.sha256(), 0
+    for index in slices:
+        if derivation.dtype == "<i2" and not fit_int16(array[index]):
+            return []
+        stored = stored_as(derivation, array[index])
+        stored_sha256.update(stored.data)
+        names.append(f"SYN_{index + 1:04d}.dcm")
+        num_bytes = stored.nbytes
+        _slice(headers[index], derivation, stored, index + 1).save_as(folder / names[-1], enforce_file_format=True)
+    final = replace(derivation, stored_sha256=stored_sha256.hexdigest())
+    for name, source in zip(names, headers, strict=True):
+        with open(folder / name, "r+b") as file:
+            head = file.read((folder / name).stat().st_size - num_bytes)
+            for of_source in (source.SeriesInstanceUID, source.SOPInstanceUID):
+                head = head.replace(derivation.uid_of(of_source).encode(), final.uid_of(of_source).encode())
+            file.seek(0)
+            file.write(head)
+    return names
+
+
+def _slice(source: Dataset, derivation: Derivation, stored: np.ndarray, number: int) -> Dataset:
+    derived = inherited(source, derivation.modality)
+    _complete(derived, source)
+    describe(derived, source, derivation)
+    derived.InstanceNumber = number
+    derived.ImageType = ["DERIVED", "SECONDARY", _third_value(derived, source)]
+    derived.update(derivation_statement(derivation))
+    derived.ImageComments = "Synthetic image: computed, not acquired by a scanner"
+    if derivation.is_uncertainty:
+        derived.ImageComments = "Uncertainty of a synthetic image: a map, no image of the patient"
+    derived.SourceImageSequence = [source_reference(source)]
+    if (energy := monoenergetic(derivation, source)) is not None:
+        derived.ImageType = [*derived.ImageType, "VMI"]
+        derived.MultienergyCTCharacteristicsSequence = [energy]
+    derived.update(rescale(derivation))
+    if not ("WindowCenter" in derived and "WindowWidth" in derived):
+        derived.WindowCenter, derived.WindowWidth = derivation.window
+    if derivation.mark == "overlay":
+        derived.update(overlay(*stored.shape))
+    set_pixels(derived, stored)
+    return derived
 
 
 def _complete(derived: Dataset, source: Dataset) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from pydicom import Dataset, FileDataset, dcmread, uid
 from pydicom.config import disable_value_validation
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_dataset
 from pydicom.pixels import apply_modality_lut
 
 from seresvit.data.volume import DataError, Unit, Volume, energy_kev_in, room
@@ -195,7 +196,21 @@ def read_object(file: File, pixels: bool) -> FileDataset:
             stream.seek(144 + int.from_bytes(begin[140:144], "little"))
             _check_deflated(file, stream)
         stream.seek(0)
-        return dcmread(stream, stop_before_pixels=not pixels)
+        found = dcmread(stream, stop_before_pixels=not pixels)
+        found.ends_at = stream.tell()  # where pixels begin, unless they are deflated
+        return found
+
+
+def _with_pixels(file: File, header: Dataset) -> Dataset:
+    """The pixels of the object of that header and what describes them; only the pixels are read."""
+    if header.file_meta.TransferSyntaxUID == uid.DeflatedExplicitVRLittleEndian:
+        return read_object(file, pixels=True)
+    whole = header[0x00280000:]
+    whole.file_meta = header.file_meta
+    with file.open("rb") as stream:
+        stream.seek(header.ends_at)
+        whole.update(read_dataset(stream, *header.original_encoding))  # type: ignore[arg-type]
+    return whole
 
 
 def _check_deflated(file: File, stream: IO[bytes]) -> None:
@@ -395,7 +410,8 @@ def _read_pixels(frames: list[Frame], shape: tuple[int, int, int]) -> np.ndarray
     array = room(shape)
     for file, here in places.items():
         with _told_in_one_line(file):
-            dataset = read_object(file, pixels=True)
+            header = frames[here[0]].header
+            dataset = _with_pixels(file, getattr(header, "enhanced", header))
             try:
                 stored = dataset.pixel_array.reshape(-1, *shape[1:])
             except NotImplementedError:

@@ -4,8 +4,11 @@ Its frames keep their functional groups, and each names the frame that it was co
 """
 
 import copy
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 from pydicom import Dataset
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
@@ -19,8 +22,10 @@ from seresvit.data.derivation import (
     rescale,
     set_pixels,
     source_reference,
+    stored_as,
 )
 from seresvit.data.dicom import text_of
+from seresvit.data.volume import room
 
 FRAME_TYPE = {"CT": "CTImageFrameTypeSequence", "MR": "MRImageFrameTypeSequence"}
 # Groups that state how the source's pixels were derived and stored.
@@ -49,12 +54,16 @@ def is_enhanced(source: Dataset, modality: str) -> bool:
     return hasattr(source, "enhanced") and text_of(source, "Modality") == modality
 
 
-def enhanced_objects(headers: tuple[Dataset, ...], derivation: Derivation) -> Iterator[Dataset]:
+def enhanced_objects(headers: tuple[Dataset, ...], derivation: Derivation, array: np.ndarray) -> Iterator[Dataset]:
     """One derived object for each source object, its frames in the source's order.
 
     `headers` as `read_series` gives them: one a slice, each with the whole source object as `enhanced`. The frames are
     one stack whose one dimension is the position in it, whatever the dimensions of the source were.
     """
+    stored = room(array.shape, derivation.dtype)
+    for plane, values in zip(stored, array, strict=True):
+        plane[:] = stored_as(derivation, values)
+    derivation = replace(derivation, stored_sha256=hashlib.sha256(stored.data).hexdigest())
     sources = {id(header.enhanced): header.enhanced for header in headers}
     for number, (identity, source) in enumerate(sources.items(), 1):
         places = [place for place, header in enumerate(headers) if id(header.enhanced) == identity]
@@ -77,7 +86,7 @@ def enhanced_objects(headers: tuple[Dataset, ...], derivation: Derivation) -> It
             frames.append(_frame(own[headers[place].ReferencedFrameNumber - 1], shared, derived))
             _place_and_derive(frames[-1], headers[place], derivation, position=place + 1)
         derived.PerFrameFunctionalGroupsSequence = frames
-        set_pixels(derived, derivation.stored[places])
+        set_pixels(derived, stored[places])
         yield derived
 
 

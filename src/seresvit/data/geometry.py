@@ -28,7 +28,7 @@ def resampled(volume: Volume, grid: Volume, interpolation: Interpolation) -> tup
     of the volume. A coarser grid takes points, not means. What lies on the grid already is returned as it is.
     Raises DataError: different frames of reference, PNG (which has no place in space), "bspline" of uneven slices.
     """
-    if _lies_on(volume, grid):
+    if lies_on(volume, grid):
         return volume, np.broadcast_to(np.True_, volume.array.shape)
     _check_comparable(volume, grid, interpolation)
     order, lowest, highest = ORDERS[interpolation], volume.array.min(), volume.array.max()
@@ -79,7 +79,8 @@ def usual_gap_mm(volume: Volume) -> float:
     return float(np.median(gaps_mm) if gaps_mm.size else np.linalg.norm(volume.affine[:3, 2]))
 
 
-def _lies_on(volume: Volume, grid: Volume) -> bool:
+def lies_on(volume: Volume, grid: Volume) -> bool:
+    """Whether the voxels of both are the same, so that nothing is resampled."""
     same_shape = volume.array.shape == grid.array.shape and not same_grid(volume, grid)
     return same_shape and np.allclose(volume.positions_mm, grid.positions_mm, rtol=0, atol=0.01)
 

@@ -1,10 +1,12 @@
 """Many cases one after another: read, worked on and written at the same time, shared out among processes."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -49,6 +51,60 @@ def overlapped(
                 yield item, error
         if writing:
             yield writing[0][0], _outcome(writing.pop()[1], expected)
+
+
+def followed(
+    make: Callable[[Callable[[Item, int], None]], Made],
+    write: Callable[[Item | None, Iterator[int] | None, Callable[[], Made]], None],
+) -> Made:
+    """What `make` returns, once it is written: made here piece by piece, while a thread writes the pieces there are.
+
+    `make` calls what it is given with the unfinished thing and how many of its pieces are there. `write` gets that
+    thing, the numbers of its pieces as they come, and a function that waits for what `make` returns. Where `make` never
+    calls, `write` follows it, with None for the first two. What one of them raises ends the other, and is raised once
+    both have ended.
+    """
+    counts, made, writing = SimpleQueue[int](), Future[Made](), list[Future[None]]()
+
+    def arriving() -> Iterator[int]:
+        there = 0
+        while count := counts.get():
+            yield from range(there, count)
+            there = count
+        made.result()  # raises what ended the making
+
+    with ThreadPoolExecutor(1, "write") as writer, _short_turns():
+
+        def follow(item: Item, count: int) -> None:
+            if not writing:
+                writing.append(writer.submit(write, item, arriving(), made.result))
+            if writing[0].done():
+                writing[0].result()
+            counts.put(count)
+
+        try:
+            made.set_result(make(follow))
+        except BaseException as error:  # also Ctrl-C: the writer removes what is half-written
+            made.set_exception(error)
+            raise
+        finally:
+            counts.put(0)
+        if not writing:
+            write(None, None, made.result)
+        for written in writing:
+            written.result()
+    return made.result()
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Python's threads take turns of 0.5 ms, not 5: each step of the network waits for one while another writes."""
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual_s)
 
 
 def _outcome(writing: Future[None], expected: tuple[type[Exception], ...]) -> Exception | None:

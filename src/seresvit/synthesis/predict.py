@@ -3,7 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from seresvit.data.pair import load_sources
 from seresvit.data.pairing import Case, image_hash, load_channels, read_manifest
 from seresvit.data.volume import DataError, Volume, remove_abandoned, written_whole
 from seresvit.synthesis.intervals import half_width
-from seresvit.synthesis.pipeline import overlapped, rank_and_size
+from seresvit.synthesis.pipeline import followed, overlapped, rank_and_size
 from seresvit.synthesis.predictor import Predictor
 
 RECORD = "prediction.json"
@@ -88,13 +89,23 @@ def predict_image(predictor: Predictor, source: Path, out: Path, asked: Asked) -
     """The source as it was read and the synthetic volume, once `out` is written as by `predict_path`."""
     _check(predictor, asked)
     remove_abandoned(out.parent)
-    volume = deidentified(read_volume(source)) if asked.anonymize else read_volume(source)
-    named = (volume.patient, "") if asked.anonymize else ("", source.name)
-    if obstacle := _obstacle(out, (volume,)):
-        raise ConfigError(obstacle)
-    loaded = Loaded((volume,), out, *named, _request(predictor, asked, [source]))
-    made = _make(predictor, asked, loaded)
-    _write(predictor, asked, made)
+    with ThreadPoolExecutor(1, "hash") as beside:
+        request = beside.submit(_request, predictor, asked, [source])
+        volume = deidentified(read_volume(source)) if asked.anonymize else read_volume(source)
+        named = (volume.patient, "") if asked.anonymize else ("", source.name)
+        if obstacle := _obstacle(out, (volume,)):
+            raise ConfigError(obstacle)
+        loaded = Loaded((volume,), out, *named, request="")
+
+        def make(follow: Callable[[Volume, int], None]) -> Made:
+            made = _make(predictor, asked, loaded, follow)
+            made.record["request"] = request.result()
+            return made
+
+        def write(synthetic: Volume | None, arriving: Iterator[int] | None, made: Callable[[], Made]) -> None:
+            _write(predictor, asked, out, synthetic or made().synthetic, made, arriving)
+
+        made = followed(make, write)
     return volume, made.synthetic
 
 
@@ -149,7 +160,7 @@ def predict_manifest(
 
     def write(group: tuple[Case, ...], made: Made | None) -> None:
         if made:
-            _write(predictor, asked, made)
+            _write(predictor, asked, made.out, made.synthetic, lambda: made)
 
     failures = []
     steps = overlapped(groups, read, work, write, (DataError, MemoryError, torch.OutOfMemoryError))
@@ -190,13 +201,15 @@ def _num_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
 
 
-def _make(predictor: Predictor, asked: Asked, loaded: Loaded) -> Made:
+def _make(
+    predictor: Predictor, asked: Asked, loaded: Loaded, follow: Callable[[Volume, int], None] | None = None
+) -> Made:
     sources = loaded.sources
     doubts = predictor.doubts(*sources)
     if doubts and asked.strict:
         raise DataError(f"{doubts[0]}; refused by --strict")
     started_s = time.monotonic()
-    synthetic, spread, how = predictor.with_spread(*sources)
+    synthetic, spread, how = predictor.with_spread(*sources, follow=follow)
     elapsed_s = time.monotonic() - started_s
     for volume in sources:
         doubts = [doubt.removeprefix(f"{volume.path}: ") for doubt in doubts]
@@ -231,30 +244,34 @@ def _make(predictor: Predictor, asked: Asked, loaded: Loaded) -> Made:
     return Made(loaded.out, synthetic, uncertainty, record)
 
 
-def _write(predictor: Predictor, asked: Asked, made: Made) -> None:
-    target, record, intervals = made.record["target"], made.record, predictor.intervals
+def _write(
+    predictor: Predictor,
+    asked: Asked,
+    out: Path,
+    synthetic: Volume,
+    made: Callable[[], Made],
+    arriving: Iterable[int] | None = None,
+) -> None:
+    """`synthetic`, whose slices may be `arriving`, and what else was `made` once they are there."""
+    target, intervals = predictor.target_name or "target", predictor.intervals
 
-    def written(volume: Volume, folder: Path, description: str, energy_kev: float | None) -> str:
-        path = write_volume(
-            volume,
-            folder,
-            description=description,
-            energy_kev=energy_kev,
-            checkpoint_sha256=predictor.checkpoint_sha256,
-            mark=asked.mark,
-            is_uncertainty=volume is made.uncertainty,
-        )
+    def written(volume: Volume, folder: Path, description: str, **how: Any) -> str:
+        sha256, mark = predictor.checkpoint_sha256, asked.mark
+        path = write_volume(volume, folder, description=description, checkpoint_sha256=sha256, mark=mark, **how)
         return str(path.relative_to(temporary))
 
-    with written_whole(made.out) as temporary:
+    with written_whole(out) as temporary:
         temporary.mkdir()
-        description = f"Synthetic {target} (SE-ResViT)"
-        record["path"] = written(made.synthetic, temporary, description, predictor.target_energy_kev)
-        if made.uncertainty:
+        title, energy_kev = f"Synthetic {target} (SE-ResViT)", predictor.target_energy_kev
+        path = written(synthetic, temporary, title, energy_kev=energy_kev, arriving=arriving)
+        _, _, uncertainty, record = made()
+        record["path"] = path
+        if uncertainty:
             kind = f"half-width of {100 * intervals.coverage:g}% interval" if intervals else "spread, not calibrated"
-            path = written(made.uncertainty, temporary / "uncertainty", f"Uncertainty of {target}: {kind}", None)
+            description = f"Uncertainty of {target}: {kind}"
+            path = written(uncertainty, temporary / "uncertainty", description, is_uncertainty=True)
             kind, coverage = ("interval", intervals.coverage) if intervals else ("spread", None)
-            record["uncertainty"] = {"path": path, "kind": kind, "coverage": coverage, "unit": made.uncertainty.unit}
+            record["uncertainty"] = {"path": path, "kind": kind, "coverage": coverage, "unit": uncertainty.unit}
         record["num_bytes"] = _num_bytes(temporary)
         (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 

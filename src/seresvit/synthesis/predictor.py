@@ -16,7 +16,7 @@ from torch import nn
 
 from seresvit.config import ConfigError, DataSettings, Interpolation
 from seresvit.data.bias import without_bias
-from seresvit.data.geometry import BACKGROUND, at_spacing, resampled
+from seresvit.data.geometry import BACKGROUND, at_spacing, lies_on, resampled
 from seresvit.data.intensity import MASKED_SHARE, Intensity, intensity_of
 from seresvit.data.volume import DataError, Volume, energy_kev_in, room, same_grid
 from seresvit.model import checkpoint, familiarity
@@ -121,11 +121,16 @@ class Predictor:
         synthetic, _, record = self.with_spread(*sources)
         return synthetic, record
 
-    def with_spread(self, *sources: Volume) -> tuple[Volume, Volume | None, dict[str, Any]]:
-        """The mean of the members, their standard deviation (None for a single one), and what `with_record` says."""
+    def with_spread(
+        self, *sources: Volume, follow: Callable[[Volume, int], None] | None = None
+    ) -> tuple[Volume, Volume | None, dict[str, Any]]:
+        """The mean of the members, their standard deviation (None for a single one), and what `with_record` says.
+
+        `follow` is told the synthetic volume, after each batch, and how many of its slices are what they will be. It is
+        not called where these are known only in the end: of several members, or resampled.
+        """
         trained = self.as_trained(*sources)
         fits = [one._fit_backend(trained) for one in self.ensemble]
-        mean, spread = mean_and_spread(self._member_values(trained, [backend for backend, _ in fits]))
         target = self.target_intensity(trained[0])
 
         def on_source(array: np.ndarray, interpolation: Interpolation) -> Volume:
@@ -133,12 +138,24 @@ class Predictor:
             moved, _ = resampled(on_trained, sources[0], interpolation)
             return replace(sources[0], array=moved.array, unit=target.unit, energy_kev=self.target_energy_kev)
 
+        def told(array: np.ndarray, count: int) -> None:
+            if follow and self._is_single and lies_on(trained[0], sources[0]):
+                follow(on_source(array, self.data.interpolation), count)
+
+        members = self._member_values(trained, [backend for backend, _ in fits], told)
+        mean, spread = mean_and_spread(members)
         record = {"intensity": target.as_dict(), **backends.together([fit for _, fit in fits])}
         # Splines swing below zero, where no deviation can be.
         on_grid = None if spread is None else on_source(spread, "linear")
         return on_source(mean, self.data.interpolation), on_grid, record
 
-    def _member_values(self, trained: tuple[Volume, ...], running: list[backends.Backend]) -> Iterator[np.ndarray]:
+    @property
+    def _is_single(self) -> bool:
+        return not (self.members.flips or self.members.planes or self.members.checkpoints)
+
+    def _member_values(
+        self, trained: tuple[Volume, ...], running: list[backends.Backend], told: Callable[[np.ndarray, int], None]
+    ) -> Iterator[np.ndarray]:
         """The values (Z, Y, X) of each member in the target's unit, on the trained grid."""
         for predictor, backend in zip(self.ensemble, running, strict=True):
             run, settings = backend.run, predictor.net.settings
@@ -148,9 +165,11 @@ class Predictor:
             for plane in PLANES if self.members.planes else PLANES[:1]:
                 views = tuple(turned(volume, plane) for volume in trained)
                 for synthesise in (run, flipped(run)) if self.members.flips else (run,):
-                    yield turned_back(predictor._values(synthesise, views), plane)
+                    yield turned_back(predictor._values(synthesise, views, told), plane)
 
-    def _values(self, synthesise: backends.Run, views: tuple[Volume, ...]) -> np.ndarray:
+    def _values(
+        self, synthesise: backends.Run, views: tuple[Volume, ...], told: Callable[[np.ndarray, int], None]
+    ) -> np.ndarray:
         """What `synthesise` gives for all slices of the views, (Z, Y, X) in the target's unit."""
         target, values, done = self.target_intensity(views[0]), room(views[0].array.shape), 0
         for batch_BCHW in self.batches(*views):
@@ -159,6 +178,7 @@ class Predictor:
                 raise DataError(f"{views[0].path}: the network gave values that are not finite; check {self.path}")
             values[done : done + len(synthetic_BYX)] = target.restore(synthetic_BYX)
             done += len(synthetic_BYX)
+            told(values, done)
         return values
 
     def _fit_backend(self, trained: tuple[Volume, ...]) -> tuple[backends.Backend, dict[str, Any]]:
