@@ -124,7 +124,9 @@ def _write_slices(
         with open(folder / name, "r+b") as file:
             head = file.read((folder / name).stat().st_size - num_bytes)
             for of_source in (source.SeriesInstanceUID, source.SOPInstanceUID):
-                head = head.replace(derivation.uid_of(of_source).encode(), final.uid_of(of_source).encode())
+                stand_in, uid = (made.uid_of(of_source).encode() for made in (derivation, final))
+                assert stand_in in head and len(stand_in) == len(uid)
+                head = head.replace(stand_in, uid)
             file.seek(0)
             file.write(head)
     return names
