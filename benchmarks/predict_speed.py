@@ -2,8 +2,10 @@
 
 The reference is that code's way: eager, float32, default memory layout, one slice at a time. Weights are random, by a
 fixed seed; the norms then take the statistics of noise and the head is made steep, so that values are as large as a
-trained network's and differences in HU (of a window of 3072 HU) mean something. Variants take turns in every round, so
-that a machine that slows down slows all of them; large matrix products, which set the ceiling, stand among them.
+trained network's. Differences in HU (of a window of 3072 HU) are those of this network: in bfloat16 and int8 they are
+hundreds of times those of a trained one (docs/prediction.md), in float32 much the same. Variants take turns in every
+round, so that a machine that slows down slows all of them; large matrix products, which set the ceiling, stand among
+them.
 
     python benchmarks/predict_speed.py --sizes 256,512 --batches 1,8,32 --rounds 10 --study 40
     python benchmarks/predict_speed.py --tiny --sizes 64 --batches 1,3 --rounds 3
@@ -90,16 +92,16 @@ def matrix_product(device: torch.device, dtype: torch.dtype, side: int) -> Calla
 
 
 def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each call, (rounds,), in an order that is drawn anew each round; two rounds before them warm up."""
+    """Seconds of each call, (rounds,), in an order that is drawn anew each round; a round before them warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 2):
+    for number in range(rounds + 1):
         for name in np.random.default_rng(number).permutation(list(calls)):
             started_s = time.perf_counter()
             calls[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - started_s)
-    return {name: np.array(taken[2:]) for name, taken in seconds.items()}
+    return {name: np.array(taken[1:]) for name, taken in seconds.items()}
 
 
 def flops_a_slice(size: int, tiny: bool) -> int:
@@ -114,7 +116,7 @@ def compared(asked: argparse.Namespace, path: Path, device: torch.device, size: 
     """One row a variant; and what the SE gate costs, on stdout."""
     source_BCHW = torch.rand(batch, 1, size, size, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
     runs, mib = {}, {}
-    for name in (EAGER, EAGER_CONCAT, *asked.backends):
+    for name in (EAGER, *[EAGER_CONCAT] * ("torch" in asked.backends), *asked.backends):
         if device.type == "cpu":
             runs[name], mib[name] = runner(name, path, device, asked.tiny), alone_mib(asked, name, path, size, batch)
             continue
