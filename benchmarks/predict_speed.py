@@ -29,6 +29,7 @@ from seresvit.data import phantom
 from seresvit.data.intensity import Intensity
 from seresvit.model import checkpoint
 from seresvit.model.generator import Generator
+from seresvit.model.precision import has_bf16
 from seresvit.synthesis import backends
 from seresvit.synthesis.export import library, sha256_of, traced, write_onnx
 from seresvit.synthesis.quantise import quantised
@@ -127,7 +128,7 @@ def compared(asked: argparse.Namespace, path: Path, device: torch.device, size: 
         mib[name] = str((torch.cuda.max_memory_allocated() - before) // 2**20)
     calls: dict[str, Callable[[], object]] = {name: (lambda run=run: run(source_BCHW)) for name, run in runs.items()}
     side = 512 if asked.tiny else 4096 if device.type == "cuda" else 2048
-    products = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if backends.has_bf16(device) else {})
+    products = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if has_bf16(device) else {})
     products |= {"float16": torch.float16} if device.type == "cuda" else {}
     calls |= {f"product {name}": matrix_product(device, dtype, side) for name, dtype in products.items()}
     seconds, expected = timed(calls, asked.rounds), runs[EAGER](source_BCHW)

@@ -21,6 +21,7 @@ from seresvit.data.intensity import Intensity
 from seresvit.data.volume import DataError
 from seresvit.model.cuda_graph import recorded
 from seresvit.model.generator import Generator
+from seresvit.model.precision import has_bf16
 from seresvit.synthesis.export import CARRIERS, SOURCE, adding, folded, library, traced, write_onnx
 
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -67,14 +68,6 @@ def fastest_first(device: torch.device) -> list[str]:
 def _installed(name: str) -> bool:
     runtime = name.removesuffix("-bf16")
     return name.startswith("torch") or all(importlib.util.find_spec(module) for module in ("onnx", runtime))
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the processor itself multiplies bfloat16; those that do not may emulate it, slowly."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def check(name: str, device: torch.device, norm_statistics: str) -> None:

@@ -30,6 +30,11 @@ class Members:
     tiles: bool = False
     checkpoints: tuple[Path, ...] = ()
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one prediction and nothing to average."""
+        return not (self.flips or self.planes or self.checkpoints)
+
 
 def flipped(synthesise: Synthesise) -> Synthesise:
     """`synthesise` of the mirror image (left and right, as training draws it), mirrored back."""

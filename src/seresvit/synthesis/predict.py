@@ -172,8 +172,7 @@ def predict_manifest(
 
 
 def _check(predictor: Predictor, asked: Asked) -> None:
-    members = predictor.members
-    if asked.uncertainty and not (members.flips or members.planes or members.checkpoints or predictor.intervals):
+    if asked.uncertainty and predictor.members.is_single and not predictor.intervals:
         raise ConfigError(
             f"--uncertainty: one prediction has no spread; add --flips, --planes or --ensemble, or calibrate "
             f"{predictor.path} with these options first (seresvit calibrate)"

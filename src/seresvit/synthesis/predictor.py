@@ -138,8 +138,10 @@ class Predictor:
             moved, _ = resampled(on_trained, sources[0], interpolation)
             return replace(sources[0], array=moved.array, unit=target.unit, energy_kev=self.target_energy_kev)
 
+        is_final = self.members.is_single and lies_on(trained[0], sources[0])
+
         def told(array: np.ndarray, count: int) -> None:
-            if follow and self._is_single and lies_on(trained[0], sources[0]):
+            if follow and is_final:
                 follow(on_source(array, self.data.interpolation), count)
 
         members = self._member_values(trained, [backend for backend, _ in fits], told)
@@ -148,10 +150,6 @@ class Predictor:
         # Splines swing below zero, where no deviation can be.
         on_grid = None if spread is None else on_source(spread, "linear")
         return on_source(mean, self.data.interpolation), on_grid, record
-
-    @property
-    def _is_single(self) -> bool:
-        return not (self.members.flips or self.members.planes or self.members.checkpoints)
 
     def _member_values(
         self, trained: tuple[Volume, ...], running: list[backends.Backend], told: Callable[[np.ndarray, int], None]

@@ -18,6 +18,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
 from seresvit.config import Config, ConfigError
+from seresvit.model.precision import has_bf16
 
 
 class Stopped(KeyboardInterrupt):
@@ -62,10 +63,8 @@ def precision_of(config: Config) -> Any:
     """Fabric's name for the precision to compute in."""
     if config.train.precision != "auto":
         return config.train.precision
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16-mixed" if has_bf16(device) else "32-true"
 
 
 @contextmanager
