@@ -6,6 +6,8 @@ import torch
 from lightning_fabric import Fabric
 from scipy.ndimage import correlate, correlate1d
 from scipy.special import expit, softmax
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from seresvit.config import FusionSettings, ModelSettings, VitSettings, load_config
 from seresvit.model import checkpoint
@@ -170,6 +172,30 @@ def test_a_gradient_reaches_every_weight_and_the_features(kind):
     (fusion(x) * features()).sum().backward()
     still = [name for name, weight in fusion.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert still == [] and x.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in GATED if kind != "gct"])  # its norm is always in float32
+def test_the_gradient_is_that_of_finite_differences(kind):
+    assert torch.autograd.gradcheck(fusion_of(kind).double(), features(2, CHANNELS, 3, 2).double().requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ["se", "se-frozen", "spatial-se"])
+def test_no_pass_over_features_with_channels_last_reads_or_writes_another_layout(kind):
+    x = features().contiguous(memory_format=torch.channels_last).requires_grad_()
+    strays = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            passed = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+            written = [features for features in passed if features.shape == x.shape and 0 not in features.stride()]
+            if not all(features.is_contiguous(memory_format=torch.channels_last) for features in written):
+                strays.append(str(operation))
+            return result
+
+    with Watch():
+        fusion_of(kind)(x).square().sum().backward()
+    assert strays == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +113,7 @@ class EfficientChannelAttention(_ScaledChannels):
         size = int(math.log2(channels) / 2 + 1 / 2) // 2 * 2 + 1
         self.gate = nn.Sequential(
             OrderedDict(
-                squeeze=nn.AdaptiveAvgPool2d(1),
-                flatten=nn.Flatten(),
+                squeeze=_Mean(),
                 row=nn.Unflatten(1, (1, channels)),
                 conv=nn.Conv1d(1, 1, size, padding=size // 2, bias=False),
                 column=nn.Flatten(),
@@ -262,9 +262,36 @@ def _hooked(network: nn.Module, act: Callable[[str, torch.Tensor], torch.Tensor 
             handle.remove()
 
 
-def _squeeze_excitation(
-    channels: int, settings: FusionSettings, squeeze: type[nn.AdaptiveAvgPool2d] = nn.AdaptiveAvgPool2d
-) -> nn.Sequential:
+def _mean(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """mean_HW(x), (B, C)."""
+    return _MeanInTraining.apply(x_BCHW) if x_BCHW.requires_grad else x_BCHW.mean((2, 3))
+
+
+class _MeanInTraining(torch.autograd.Function):
+    """The mean, whose gradient is one number a channel that is only viewed as an image.
+
+    That of torch is written out, and in another memory layout than that of channels-last features, to which adding it
+    took more time than all the rest of the gate.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: torch.Tensor) -> torch.Tensor:
+        ctx.shape = x_BCHW.shape
+        return x_BCHW.mean((2, 3))
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BC: torch.Tensor) -> torch.Tensor:
+        return (gradient_BC / ctx.shape[2:].numel())[:, :, None, None].expand(ctx.shape)
+
+
+class _Mean(nn.Module):
+    """`_mean` as a layer."""
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return _mean(x_BCHW)
+
+
+def _squeeze_excitation(channels: int, settings: FusionSettings, squeeze: type[_Mean] = _Mean) -> nn.Sequential:
     """σ(W2 · relu(W1 · squeeze(x))), (B, channels); Xavier at the start."""
     hidden = max(channels // settings.reduction, 1)
     reduce, expand = nn.Linear(channels, hidden, bias=False), nn.Linear(hidden, channels, bias=False)
@@ -272,8 +299,7 @@ def _squeeze_excitation(
         nn.init.xavier_uniform_(linear.weight)
     return nn.Sequential(
         OrderedDict(
-            squeeze=squeeze(1),
-            flatten=nn.Flatten(),
+            squeeze=squeeze(),
             reduce=reduce,
             relu=nn.ReLU(),
             expand=expand,
@@ -287,7 +313,7 @@ def _scaled_branches(x_BCHW: torch.Tensor, map_B2HW: torch.Tensor) -> torch.Tens
     return (x_BCHW.unflatten(1, (2, -1)) * map_B2HW[:, :, None]).flatten(1, 2)
 
 
-class _Ones(nn.AdaptiveAvgPool2d):
+class _Ones(_Mean):
     """Ones in the place of the means, at the cost of the means, backwards too."""
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -304,7 +330,7 @@ class _MeanAndMaxGate(nn.Module):
         self.expand = nn.Linear(hidden, channels, bias=False)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        mean_BC, max_BC = x_BCHW.mean((2, 3)), x_BCHW.amax((2, 3))
+        mean_BC, max_BC = _mean(x_BCHW), x_BCHW.amax((2, 3))
         return torch.sigmoid(sum(self.expand(torch.relu(self.reduce(y_BC))) for y_BC in (mean_BC, max_BC)))
 
 
@@ -346,7 +372,7 @@ class _BranchSoftmaxGate(nn.Module):
         self.expand = nn.Linear(hidden, 2 * branch_channels, bias=False)  # A and B, one below the other
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        s_BC = x_BCHW.mean((2, 3)).unflatten(1, (2, -1)).sum(1)  # the mean of a sum is the sum of means
+        s_BC = _mean(x_BCHW).unflatten(1, (2, -1)).sum(1)  # the mean of a sum is the sum of means
         logits_BC = self.expand(torch.relu(self.reduce(s_BC)))
         return torch.softmax(logits_BC.unflatten(1, (2, -1)), dim=1).flatten(1).to(x_BCHW.dtype)
 
@@ -369,7 +395,7 @@ class _MultiScaleMap(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         sum_BCHW = x_BCHW.unflatten(1, (2, -1)).sum(1)
-        m_BCHW = torch.sigmoid(self.local(sum_BCHW) + self.whole(sum_BCHW.mean((2, 3), keepdim=True)))
+        m_BCHW = torch.sigmoid(self.local(sum_BCHW) + self.whole(_mean(sum_BCHW)[:, :, None, None]))
         return torch.cat([m_BCHW, 1 - m_BCHW], dim=1)
 
 
