@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch.utils._pytree import tree_map
 
 Result = TypeVar("Result")
 WARM_UP = 3
 
 
 def recorded(compute: Callable[..., Result], *example: torch.Tensor) -> Callable[..., Result]:
-    """`compute` as a CUDA graph; what comes back takes tensors of the shapes of `example` and gives copies.
+    """`compute` as a CUDA graph; what comes back takes tensors of the shapes of `example`.
+
+    Its results stand where those of every replay do: clone what is to outlast the next one.
 
     `compute` runs a few times while it is recorded, on the example. It may read and change other tensors in place, by
     which it is to be recorded only as often as that is harmless; what it allocates, gradients among it, stays where it
@@ -38,6 +39,6 @@ def recorded(compute: Callable[..., Result], *example: torch.Tensor) -> Callable
         for static, tensor in zip(inputs, batch, strict=True):
             static.copy_(tensor, non_blocking=True)
         graph.replay()
-        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, result)
+        return result
 
     return replay

@@ -174,7 +174,7 @@ def replayed(run: Run) -> Run:
             replay, most, size = recorded(run, source_BCHW), count, source_BCHW.shape[1:]
         # The last batch of a study is filled up with copies of its last slice.
         filling_BCHW = source_BCHW[-1:].expand(most - count, -1, -1, -1)
-        return replay(torch.cat([source_BCHW, filling_BCHW]))[:count]
+        return replay(torch.cat([source_BCHW, filling_BCHW]))[:count].clone()
 
     return replay_batch
 

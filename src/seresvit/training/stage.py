@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.wrappers import _FabricModule
+from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from seresvit.config import Config, ConfigError, StageSettings
@@ -31,9 +31,9 @@ class Stage:
     number: int
     settings: StageSettings
     generator: _FabricModule
-    optimizer: torch.optim.Optimizer
+    optimizer: _FabricOptimizer
     discriminator: _FabricModule
-    discriminator_optimizer: torch.optim.Optimizer
+    discriminator_optimizer: _FabricOptimizer
     average: AveragedModel | None
     replay: Replay | None = None
     images: int = 0
@@ -104,7 +104,7 @@ def _set_up(
 
     if fabric.world_size > 1 and fabric.device.type == "cuda":  # torch has no synchronised batch norm for the CPU
         generator, discriminator = map(torch.nn.SyncBatchNorm.convert_sync_batchnorm, (generator, discriminator))
-    discriminator.to(fabric.device)
+    discriminator.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer, discriminator_optimizer = adam([others, encoder]), adam([list(discriminator.parameters())])
     if config.train.compile:
         # All steps are of one size; symbolic sizes take the compiler many times as long.

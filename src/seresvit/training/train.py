@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.wrappers import _FabricOptimizer
 from torch.utils.data import DataLoader
 
 from seresvit.config import Config, ConfigError
@@ -262,18 +263,22 @@ def step(
         stage.replay = recording(run, stage, batch)
     draw_from(config.seed, stage.number, stage.images, run.fabric.global_rank)  # dropout
     terms, norms, before = stage.replay(*batch) if stage.replay else gradients(run, stage, *batch)
-    steps: list[tuple[torch.nn.Module, torch.optim.Optimizer]] = [(stage.generator, stage.optimizer)]
+    steps: list[tuple[torch.nn.Module, _FabricOptimizer]] = [(stage.generator, stage.optimizer)]
     if stage.settings.adversarial_weight:
         steps.append((stage.discriminator, stage.discriminator_optimizer))
-    if torch.isfinite(torch.stack(norms)).all():
-        for (network, optimizer), norm in zip(steps, norms, strict=True):
-            if config.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.clip_norm, norm)
-            optimizer.step()
+    finite = torch.isfinite(torch.stack(norms)).all()
+    for (network, optimizer), norm in zip(steps, norms, strict=True):
+        if config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.clip_norm, norm)
+        # As torch's GradScaler tells it: the device passes over an update by itself, and is not waited for until all of
+        # the step is under way.
+        optimizer.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    if finite:
         stage.bad_steps_in_a_row = 0
         if stage.average:
             stage.average.update_parameters(stage.generator.module)
-        return terms
+        return {name: term.clone() for name, term in terms.items()}  # the next replay writes over them
     for buffer, value in zip(buffers_of(stage), before, strict=True):
         buffer.copy_(value)
     stage.bad_steps, stage.bad_steps_in_a_row = stage.bad_steps + 1, stage.bad_steps_in_a_row + 1
