@@ -31,36 +31,39 @@ def bar(verb: str) -> Callable[[list[Item]], Iterable[Item]]:
 
 
 def training_bar(visible: bool = True) -> Any:
-    """A context that gives the `progress` of `train`: one bar a stage with images a second and time left."""
+    """A context that gives the `progress` of `train`: one bar a stage with images a second and time left, and losses.
+
+    The losses have a line of their own, so that bars fit 80 columns, which is also what a job's log counts as.
+    """
     from contextlib import contextmanager
 
-    from rich.console import Console
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
     @contextmanager
     def bars() -> Any:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-        shown = Progress(
-            *columns,
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-            disable=not visible,
-        )
+        stages, losses = Progress(*columns, TimeRemainingColumn()), Text()
+        console = Console(stderr=True, quiet=not visible)
+        live = Live(Group(stages, losses), console=console)
         tasks: dict[int, Any] = {}
 
         def progress(stage: int, images: int, total: int, note: str) -> None:
-            shown.start()  # not before: the bar of what is prepared comes first, and one is live at a time
+            live.start()  # not before: the bar of what is prepared comes first, and one is live at a time
             if stage not in tasks:
-                tasks[stage] = shown.add_task(f"stage {stage}", total=total, completed=images, rate="", note="")
-            speed = shown.tasks[tasks[stage]].speed
-            rate = f"{speed:.1f} images/s" if speed else ""
-            shown.update(tasks[stage], completed=images, note=note, rate=rate)
+                tasks[stage] = stages.add_task(f"stage {stage}", total=total, completed=images, rate="")
+            speed = stages.tasks[tasks[stage]].speed
+            stages.update(tasks[stage], completed=images, rate=f"{speed:.1f} images/s" if speed else "")
+            losses.plain = note
 
         try:
             yield progress
         finally:
-            shown.stop()
+            live.stop()
+            if tasks and not console.is_interactive:
+                console.print()  # on a terminal the last line was ended
 
     return bars()
 

@@ -166,6 +166,16 @@ def test_can_be_exported_with_every_size_left_open(kind):
     torch.testing.assert_close(program(x), fusion(x))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_can_be_traced_and_differentiated_as_a_function(kind, tmp_path):
+    fusion, x = fusion_of(kind), features()
+    torch.jit.trace(fusion, x.clone().requires_grad_(), check_trace=False).save(tmp_path / "fusion.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "fusion.pt")(x), fusion(x))
+    each = torch.func.vmap(torch.func.grad(lambda image: fusion(image[None]).square().sum()))(x)
+    fusion(x.requires_grad_()).square().sum().backward()
+    torch.testing.assert_close(each, x.grad)
+
+
 @pytest.mark.parametrize("kind", GATED)
 def test_a_gradient_reaches_every_weight_and_the_features(kind):
     fusion, x = fusion_of(kind), features().requires_grad_()

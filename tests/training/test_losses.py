@@ -165,7 +165,7 @@ def vgg16():
 
 
 @pytest.mark.parametrize("suffix, prefix", [(".pth", "features."), (".safetensors", "")])
-def test_perceptual_difference_of_a_users_file(tmp_path, vgg16, suffix, prefix):
+def test_perceptual_difference_of_a_users_file(tmp_path, monkeypatch, vgg16, suffix, prefix):
     path = tmp_path / f"vgg16{suffix}"
     state = {prefix + key: tensor for key, tensor in vgg16.state_dict().items()}
     state[prefix + "28.weight"] = torch.zeros(1)
@@ -185,6 +185,9 @@ def test_perceptual_difference_of_a_users_file(tmp_path, vgg16, suffix, prefix):
     assert found.item() == pytest.approx(np.mean(expected), rel=1e-4)
     found.backward()
     assert synthetic.grad.abs().sum() > 0
+    with monkeypatch.context() as once_loaded:  # what is made on the host cannot be copied into a recorded step
+        once_loaded.setattr(torch, "tensor", None)
+        assert torch.equal(generator_losses(settings, synthetic, target)["perceptual"], found)
 
 
 def test_a_file_that_is_no_vgg16_is_one_line(tmp_path, vgg16):

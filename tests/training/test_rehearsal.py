@@ -26,6 +26,6 @@ def test_rehearsal_says_what_training_takes_and_keeps_a_picture_alone(micro, man
 
 def test_rehearsal_refuses_a_run_of_other_settings(micro, manifest, tmp_path):
     run.begin(tmp_path / "run", load_config(None, micro), {"data_hash": ""})
-    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "last").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"train\.seed"):
         rehearse(load_config(None, [*micro, "train.seed=5"]), manifest, tmp_path / "run")

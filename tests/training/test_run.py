@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -70,24 +71,60 @@ def test_without_a_whole_checkpoint_the_run_is_not_begun_anew(begun, damage):
         run.newest_whole(folder)
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(begun):
+@pytest.mark.parametrize("room", [2**12, 2**21])  # for no network; for both, but not for what is saved beside them
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(begun, room):
     """The system itself refuses to let the file grow, as it does on a full disk."""
     _, folder = begun
     script = (
-        "import resource, signal, sys, torch; from pathlib import Path; from seresvit.training import run\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))\n"
-        "run.save_last(Path(sys.argv[1]), lambda folder: torch.save(torch.zeros(2**20), folder / 'state.pt'))\n"
+        "import resource, signal, sys; from pathlib import Path; from lightning_fabric import Fabric\n"
+        "from seresvit.config import load_config; from seresvit.training import run, stage\n"
+        "config = load_config(Path(sys.argv[1]) / 'config.yaml')\n"
+        "begun = stage.start_stage(Fabric(accelerator='cpu', devices=1), config, 2, None)\n"
+        "begun.optimizer.state['filling'] = [0.1] * 2**19\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+        "run.save_last(Path(sys.argv[1]), lambda folder: stage.write_stage(begun, {}, folder))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
-    assert "DataError" in last and "cannot be written" in last, done.stderr
+    name = "last/model.safetensors" if room == 2**12 else "last"
+    assert f"DataError: {folder}/checkpoints/{name}: cannot be written (File too large)" in last, done.stderr
+    assert "make room and give the same command again" in last
     assert run.newest_whole(folder) == (folder / "checkpoints" / "last", "")
     assert (folder / "checkpoints" / "last" / "state.pt").read_text() == "first"
 
 
-def test_a_full_disk_under_the_logs_is_one_line(tmp_path):
+def test_a_full_disk_under_the_logs_is_one_line_whichever_thread_meets_it(tmp_path, capsys):
+    full, before = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), threading.excepthook
+
+    def write():
+        raise full
+
     with pytest.raises(DataError, match=r"No space left.*same command again"), run.disk_full_said(tmp_path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        writer = threading.Thread(target=write)
+        writer.start()
+        writer.join()
+        raise full
+    assert capsys.readouterr().err == "" and threading.excepthook is before
+
+
+def test_a_run_without_a_checkpoint_can_be_given_other_settings(begun, micro):
+    config, folder = begun
+    (folder / "checkpoints" / "last").rename(folder / "checkpoints" / "best")
+    assert not run.is_begun(folder, load_config(None, [*micro, "train.cuda_graph=false"]), "1234")
+    (folder / "checkpoints" / "best").rename(folder / "checkpoints" / "previous")
+    assert run.is_begun(folder, config, "1234")
+
+
+def test_what_another_process_is_writing_is_left_alone(begun):
+    _, folder = begun
+
+    def slowly(temporary):
+        assert run.newest_whole(folder) == (folder / "checkpoints" / "last", "")  # as a second process would
+        (temporary / "state.pt").write_text("second")
+
+    run.save_last(folder, slowly)
+    assert (folder / "checkpoints" / "last" / "state.pt").read_text() == "second"
 
 
 def test_what_was_logged_beyond_the_checkpoint_is_dropped(begun):
@@ -96,6 +133,21 @@ def test_what_was_logged_beyond_the_checkpoint_is_dropped(begun):
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": 2, "ima')
     run.Log(folder, config, 1, 8).close()
     assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == lines[:2]
+
+
+def test_a_validation_that_comes_again_is_logged_once(begun):
+    config, folder = begun
+    lines = [{"stage": 1, "images": 4, "val_mae": 9.0}, *({"stage": 1, "images": 8, n: 7.0} for n in ("l1", "val_mae"))]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.Log(folder, config, 1, 8, validated=False).close()
+    assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == lines[:2]
+
+
+def test_weights_and_biases_that_are_not_installed_are_missed_before_anything_else(micro, monkeypatch):
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    run.check_wandb(load_config(None, micro))
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        run.check_wandb(load_config(None, [*micro, "train.wandb_project=test"]))
 
 
 def test_weights_and_biases_are_logged_offline(begun, micro, monkeypatch):

@@ -7,7 +7,15 @@ from lightning_fabric import Fabric
 from seresvit.config import ConfigError, load_config
 from seresvit.data.volume import DataError
 from seresvit.model import checkpoint
-from seresvit.training.stage import averaged, check_starting_points, rate_factor, stage_network, start_stage, train_mode
+from seresvit.training.stage import (
+    averaged,
+    check_starting_points,
+    rate_factor,
+    stage_network,
+    start_stage,
+    train_mode,
+    write_stage,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +72,37 @@ def test_a_starting_point_that_does_not_fit_is_refused(micro, tmp_path):
         check_starting_points(load_config(None, [*micro, f"train.init_from={tmp_path / 'whole.safetensors'}"]))
     with pytest.raises(DataError, match=r"none\.npz"):
         check_starting_points(load_config(None, [*micro, f"train.vit_weights={tmp_path / 'none.npz'}"]))
+    perceptual = f"train.stage2={{num_images: 2, perceptual_weight: 1, perceptual_file: {tmp_path / 'none.pth'}}}"
+    with pytest.raises(ConfigError, match=r"none\.pth: cannot be read"):
+        check_starting_points(load_config(None, [*micro, perceptual]))
+
+
+def test_moments_take_the_memory_layout_of_their_weights(micro, tmp_path):
+    """A checkpoint of a version that laid weights out otherwise must not be taken up value by wrong value."""
+    config, fabric = load_config(None, micro), Fabric(accelerator="cpu", devices=1)
+    stage = start_stage(fabric, config, 2, None)
+    stage.images = 2
+    for network, optimizer in (
+        (stage.generator, stage.optimizer),
+        (stage.discriminator, stage.discriminator_optimizer),
+    ):
+        for weight in network.parameters():
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    (tmp_path / "last").mkdir()
+    write_stage(stage, {}, tmp_path / "last")
+    saved = torch.load(tmp_path / "last" / "state.pt")
+    for name in ("optimizer", "discriminator_optimizer"):
+        for moments in saved[name]["state"].values():
+            moments.update({key: value.contiguous() for key, value in moments.items()})
+    torch.save(saved, tmp_path / "last" / "state.pt")
+    resumed = start_stage(fabric, config, 2, tmp_path / "last")
+    for optimizer, wanted in (
+        (resumed.optimizer, stage.optimizer),
+        (resumed.discriminator_optimizer, stage.discriminator_optimizer),
+    ):
+        pairs = list(zip(optimizer.state.items(), wanted.state.values(), strict=True))
+        assert len(pairs) > 10
+        for (weight, moments), before in pairs:
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert moments[name].stride() == weight.stride() and torch.equal(moments[name], before[name])

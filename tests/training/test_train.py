@@ -173,11 +173,11 @@ def test_a_run_killed_while_it_writes_a_checkpoint_ends_with_the_same_weights(
     config, folder = finished
     writes = random.randint(2, 5)
 
-    def die_halfway(state, path, save=torch.save, seen=[]):  # noqa: B006
-        seen.append(path)
-        save(state, path)
+    def die_halfway(state, file, save=torch.save, seen=[]):  # noqa: B006
+        seen.append(file.name)
+        save(state, file)
         if len(seen) == writes:
-            os.truncate(path, path.stat().st_size // 2)
+            os.truncate(file.name, file.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def work():
@@ -312,6 +312,37 @@ def test_steps_that_are_never_finite_end_the_run_and_name_the_slices(manifest, t
         training.train(config, manifest, tmp_path / "run")
     assert "\n" not in str(e.value)
     assert torch.load(tmp_path / "run" / "checkpoints" / "last" / "state.pt", weights_only=True)["bad_steps"] == 1
+
+
+def test_an_output_that_is_not_finite_names_its_validation_slice(manifest, tmp_path, monkeypatch, micro):
+    synthesised, calls = training.synthesised, iter(range(10**6))
+
+    def bad(run, network, source):
+        return synthesised(run, network, source) * (np.nan if next(calls) == 1 else 1)
+
+    monkeypatch.setattr(training, "synthesised", bad)
+    with pytest.raises(DataError, match=r"the output is not finite after 0 .* in validation on P002_110keV slice 1;"):
+        training.train(load_config(None, micro), manifest, tmp_path / "run")
+
+
+def test_a_finished_run_that_was_stopped_before_its_last_words_says_what_it_adds(
+    manifest, tmp_path, monkeypatch, capsys, micro
+):
+    config = load_config(None, [*micro, "train.stage2.num_images=0"])
+    of_training = training.familiarity.of_training
+
+    def stopped(*asked):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return of_training(*asked)
+
+    with monkeypatch.context() as first:
+        first.setattr(training.familiarity, "of_training", stopped)
+        with pytest.raises(Stopped):
+            training.train(config, manifest, tmp_path / "run")
+    training.train(config, manifest, tmp_path / "run")
+    training.train(config, manifest, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert said.count("its best checkpoint was completed") == said.count("nothing was changed") == 1
 
 
 def test_training_lowers_the_error(manifest, tmp_path, micro):

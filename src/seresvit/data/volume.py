@@ -4,6 +4,7 @@ Axes: Z slice, Y row, X column. Patient coordinates are millimetres in DICOM's L
 y to the back, z to the head), whatever the file held.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ MOST_IN_MEMORY = 2**28
 # Of what is being written: the beginning of its folder's name, and the lock in it.
 WRITING, LOCK = ".writing-", ".lock"
 ABANDONED_AFTER_S = 24 * 3600
+# What the system says where there is no room left: on the disk, for this user, in one file.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DataError(ValueError):
@@ -146,7 +149,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=WRITING, dir=path.parent))
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder or free it") from None
+        raise _unwritten(path, error) from None
     temporary, lock = folder / path.name, FileLock(folder / LOCK)
     try:
         with suppress(OSError, NotImplementedError):  # a file system without locks
@@ -164,10 +167,16 @@ def written_whole(path: Path) -> Iterator[Path]:
                 os.replace(folder / "replaced", path)
             raise
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None
+        raise _unwritten(path, error) from None
     finally:
         lock.release()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unwritten(path: Path, error: OSError) -> DataError:
+    path = Path(*(part for part in path.parts if not part.startswith(WRITING)))
+    remedy = "make room and give the same command again" if error.errno in DISK_FULL else "choose another folder"
+    return DataError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed, {remedy}")
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -5,6 +5,7 @@ and PatchGAN `.pth` state dicts, and ImageNet ViT weights in `.npz`. Nothing is 
 """
 
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -65,7 +66,11 @@ def save(network: nn.Module, path: str | Path, header: Header) -> None:
         full["model"] = network.settings.model_dump(mode="json")
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
     with written_whole(Path(path)) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata={"seresvit": json.dumps(full)})
+        try:
+            safetensors.torch.save_file(state, temporary, metadata={"seresvit": json.dumps(full)})
+        except safetensors.SafetensorError as error:  # it has the system's number in its words alone
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
 
 
 def read(path: str | Path) -> tuple[State, Header]:

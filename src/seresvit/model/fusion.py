@@ -264,7 +264,9 @@ def _hooked(network: nn.Module, act: Callable[[str, torch.Tensor], torch.Tensor 
 
 def _mean(x_BCHW: torch.Tensor) -> torch.Tensor:
     """mean_HW(x), (B, C)."""
-    return _MeanInTraining.apply(x_BCHW) if x_BCHW.requires_grad else x_BCHW.mean((2, 3))
+    if torch.jit.is_tracing() or not x_BCHW.requires_grad:
+        return x_BCHW.mean((2, 3))
+    return _MeanInTraining.apply(x_BCHW)
 
 
 class _MeanInTraining(torch.autograd.Function):
@@ -274,10 +276,15 @@ class _MeanInTraining(torch.autograd.Function):
     took more time than all the rest of the gate.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x_BCHW: torch.Tensor) -> torch.Tensor:
-        ctx.shape = x_BCHW.shape
+    def forward(x_BCHW: torch.Tensor) -> torch.Tensor:
         return x_BCHW.mean((2, 3))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.shape = inputs[0].shape
 
     @staticmethod
     def backward(ctx: Any, gradient_BC: torch.Tensor) -> torch.Tensor:

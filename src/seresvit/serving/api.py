@@ -29,7 +29,7 @@ from starlette.requests import ClientDisconnect
 
 from seresvit import __version__
 from seresvit.data.pairing import image_hash
-from seresvit.data.volume import DataError
+from seresvit.data.volume import DISK_FULL, DataError
 from seresvit.serving.guard import Guard
 from seresvit.serving.jobs import FINISHED, Job, Jobs, QueueFull, State
 from seresvit.serving.results import Format, result_file
@@ -370,7 +370,7 @@ def _as_answer(error: Exception) -> Exception:
         return HTTPException(408, "the upload paused, or lasted, for too long; send it again")
     if isinstance(error, TooLarge | Malformed):
         return HTTPException(413 if isinstance(error, TooLarge) else 400, str(error))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return HTTPException(507, FULL)
     return error
 

@@ -5,7 +5,6 @@ decided of a series stands beside its objects in `decided.json`; without it, or 
 series is looked at again once it is silent.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -22,7 +21,7 @@ from typing import Any
 from pydicom import Dataset
 
 from seresvit.data.dicom import read_object, text_of, tolerant
-from seresvit.data.volume import DataError, written_whole
+from seresvit.data.volume import DISK_FULL, DataError, written_whole
 from seresvit.serving.jobs import Job, Jobs
 
 DECIDED = "decided.json"
@@ -32,7 +31,6 @@ NO_SUCH_OBJECT, CLASS_CONFLICT = 0x0112, 0x0119
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality")
 # An archive may put an object right that it had under a wrong patient; all UIDs stay the same then.
 PERSON = ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate")
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # A series whose sender was cut short, or in which the server was, waits for the rest so many times as long.
 BROKEN_OFF = 6
 # A queue that is full is asked again no sooner.
@@ -90,7 +88,7 @@ class Spool:
         try:
             series = self._take(parts, sop_class, sop_instance)
         except OSError as error:
-            full = error.errno in FULL
+            full = error.errno in DISK_FULL
             self.refused += 1
             raise Refused(
                 OUT_OF_RESOURCES if full else PROCESSING_FAILURE, error.strerror or "cannot be written"

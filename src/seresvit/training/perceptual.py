@@ -26,28 +26,30 @@ def perceptual_difference(path: str, synthetic_BCHW: torch.Tensor, target_BCHW: 
     Johnson, Alahi, Fei-Fei, ECCV 2016, equation 2. Images in [-1, 1]; each channel is seen alone, as a grey image.
     `path`: a state dict of torchvision's VGG-16 in .safetensors or .pth. Raises ConfigError when it is none.
     """
-    convolutions = _load(path, synthetic_BCHW.device)
+    vgg = load(path, synthetic_BCHW.device)
     with torch.no_grad():
-        wanted = _features(convolutions, target_BCHW)
-    differences = [F.mse_loss(f, w) for f, w in zip(_features(convolutions, synthetic_BCHW), wanted, strict=True)]
+        wanted = _features(vgg, target_BCHW)
+    differences = [F.mse_loss(f, w) for f, w in zip(_features(vgg, synthetic_BCHW), wanted, strict=True)]
     return torch.stack([difference.float() for difference in differences]).mean()
 
 
-def _features(convolutions: nn.ModuleDict, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
-    mean, deviation = (torch.tensor(v, device=images_BCHW.device).reshape(3, 1, 1) for v in (_MEAN, _DEVIATION))
-    x = ((images_BCHW.flatten(0, 1)[:, None] + 1) / 2 - mean) / deviation
+def _features(vgg: nn.Module, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
+    x = ((images_BCHW.flatten(0, 1)[:, None] + 1) / 2 - vgg.get_buffer("mean")) / vgg.get_buffer("deviation")
     features: list[torch.Tensor] = []
     for group in _CONVOLUTIONS:
         x = F.max_pool2d(x, 2) if features else x
         for number in group:
-            x = torch.relu(convolutions[str(number)](x))
+            x = torch.relu(vgg.get_submodule(str(number))(x))
         features.append(x)
     return features
 
 
 @functools.lru_cache(maxsize=2)
-def _load(path: str, device: torch.device) -> nn.ModuleDict:
-    """The convolutions of the file, frozen, by their number in `features`."""
+def load(path: str, device: torch.device) -> nn.Module:
+    """The convolutions of the file, frozen, by their number in `features`, and what its images were scaled by.
+
+    Raises ConfigError when it is no VGG-16.
+    """
     try:
         if path.endswith(".safetensors"):
             state = safetensors.torch.load_file(path)
@@ -56,7 +58,10 @@ def _load(path: str, device: torch.device) -> nn.ModuleDict:
     except (OSError, safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         fault = str(error).split("\n")[0][:120]
         raise ConfigError(f"perceptual_file {path}: cannot be read ({fault}); see docs/architecture.md") from None
-    convolutions, channels = nn.ModuleDict(), 3
+    vgg, channels = nn.Module(), 3
+    # On the device once: a step that is recorded must not wait for a copy.
+    for name, values in (("mean", _MEAN), ("deviation", _DEVIATION)):
+        vgg.register_buffer(name, torch.tensor(values).reshape(3, 1, 1))
     for number, wider in (layer for group in _CONVOLUTIONS for layer in group.items()):
         convolution = nn.Conv2d(channels, wider, 3, padding=1)
         for part, parameter in convolution.named_parameters():
@@ -68,5 +73,6 @@ def _load(path: str, device: torch.device) -> nn.ModuleDict:
                     f"found {found}; see docs/architecture.md"
                 )
             parameter.data.copy_(given)
-        convolutions[str(number)], channels = convolution, wider
-    return convolutions.requires_grad_(False).to(device)
+        vgg.add_module(str(number), convolution)
+        channels = wider
+    return vgg.requires_grad_(False).to(device)

@@ -114,11 +114,18 @@ def machine(fabric: Fabric) -> dict[str, Any]:
     on_gpu = fabric.device.type == "cuda"
     return {
         "device": fabric.device.type,
-        "device_name": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        "device_name": torch.cuda.get_device_name() if on_gpu else _processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_cores": os.cpu_count(),
         "processes": fabric.world_size,
     }
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    described = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", described.read_text(encoding="utf-8")) if described.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def peak_memory_mib(device: torch.device) -> int:

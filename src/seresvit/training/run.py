@@ -6,7 +6,6 @@ checkpoints/{last,previous}     all that the next step needs, sealed: their file
 checkpoints/best                the network of the lowest validation error of its stage
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -14,9 +13,11 @@ import platform
 import shlex
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from seresvit import __version__
 from seresvit.config import Config, ConfigError, from_tree, to_yaml
-from seresvit.data.volume import DataError, written_whole
+from seresvit.data.volume import DISK_FULL, DataError, remove_abandoned, written_whole
 from seresvit.model import checkpoint
 
 SEAL = "files.json"
@@ -42,7 +43,7 @@ def is_begun(run_dir: Path, config: Config, data_hash: str) -> bool:
     Raises ConfigError that names what differs. A run that stopped before there was anything to keep is none.
     """
     written = run_dir / "config.yaml"
-    if not written.is_file() or not (run_dir / "checkpoints").is_dir():
+    if not written.is_file() or not any((run_dir / "checkpoints" / name).is_dir() for name in ("last", "previous")):
         return False
     # Read as settings: one that is newer than the run had its default then.
     recorded = from_tree(yaml.safe_load(written.read_text(encoding="utf-8")), str(written))
@@ -57,13 +58,14 @@ def is_begun(run_dir: Path, config: Config, data_hash: str) -> bool:
 def begin(run_dir: Path, config: Config, facts: dict[str, Any]) -> None:
     """Write config.yaml and manifest.json (versions, seed, command and `facts`) of a new run; neither names a host."""
     libraries = ("torch", "lightning-fabric", "numpy", "safetensors")
+    program = Path(sys.argv[0]).name
     record = {
         "seresvit": __version__,
         "commit": checkpoint.commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in libraries},
         "cuda": torch.version.cuda,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["seresvit" if program == "__main__.py" else program, *sys.argv[1:]]),
         "seed": config.train.seed,
         **facts,
     }
@@ -83,8 +85,8 @@ def save_last(run_dir: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir()
         try:
             write(temporary)
-        except RuntimeError as error:  # what torch and safetensors raise where the system says that a disk is full
-            raise OSError(0, str(error).splitlines()[0]) from None
+        except RuntimeError as error:  # torch's own, while the system's that the disk is full was on its way
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         files = {path.name: _size_and_hash(path) for path in sorted(temporary.iterdir())}
         (temporary / SEAL).write_text(json.dumps(files), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
@@ -102,8 +104,7 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, str]:
     killed process was writing. Raises DataError, touching nothing, when there are checkpoints and none is whole.
     """
     folder, faults = run_dir / "checkpoints", list[str]()
-    for unfinished in folder.glob(".writing-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    remove_abandoned(folder)
     for candidate in (folder / "last", folder / "previous"):
         fault = _fault(candidate) if candidate.is_dir() else "missing"
         if not fault:
@@ -120,28 +121,45 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, str]:
 
 @contextmanager
 def disk_full_said(run_dir: Path) -> Iterator[None]:
-    """Turns the system's word for a full disk, wherever it comes from, into a DataError that says what to do."""
+    """Turns the system's word for a full disk, wherever it comes from, into a DataError that says what to do.
+
+    TensorBoard writes in a thread of its own, whose traceback would stand before that line.
+    """
+    before = threading.excepthook
+
+    def is_full(error: object) -> bool:
+        return isinstance(error, OSError) and error.errno in DISK_FULL
+
+    threading.excepthook = lambda thread: None if is_full(thread.exc_value) else before(thread)
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_full(error):
             raise
         raise DataError(
-            f"{run_dir}: cannot be written ({error.strerror}); free some and give the same command again, "
+            f"{run_dir}: cannot be written ({error.strerror}); make room and give the same command again, "
             f"it goes on from the last checkpoint"
         ) from None
+    finally:
+        threading.excepthook = before
 
 
 class Log:
     """What a run says of itself: log.jsonl, log.csv, TensorBoard, pictures, and Weights & Biases where asked for."""
 
-    def __init__(self, run_dir: Path, config: Config, stage: int, images: int):
-        """Goes on after `images` of `stage`: what an earlier process logged beyond them will come again."""
+    def __init__(self, run_dir: Path, config: Config, stage: int, images: int, validated: bool = True):
+        """Goes on after `images` of `stage`: what an earlier process logged beyond them will come again.
+
+        So will the validation there, unless it is `validated`.
+        """
         self.folder, self.before_stage2 = run_dir, config.train.stage1.num_images
         self.lines = run_dir / "log.jsonl"
         if self.lines.is_file():
+            reached = (stage, images)
             kept = [line for line in self.lines.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in kept if _place(json.loads(line)) <= (stage, images)]
+            kept = [line for line in kept if _place(json.loads(line)) <= reached]
+            if not validated:
+                kept = [line for line in kept if _place(json.loads(line)) < reached or '"val_mae"' not in line]
             with written_whole(self.lines) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.board = SummaryWriter(str(run_dir), purge_step=self._images_in_all(stage, images) + 1)
@@ -184,11 +202,15 @@ class Log:
         return images + (self.before_stage2 if stage == 2 else 0)
 
 
+def check_wandb(config: Config) -> None:
+    """Raises ConfigError where Weights & Biases is asked for and not installed."""
+    if config.train.wandb_project and not find_spec("wandb"):
+        raise ConfigError("train.wandb_project: wandb is not installed; pip install 'seresvit[wandb]'")
+
+
 def _wandb_run(run_dir: Path, config: Config) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("train.wandb_project: wandb is not installed; pip install 'seresvit[wandb]'") from None
+    import wandb
+
     name = run_dir.absolute().name
     identity = hashlib.sha256(f"{config.train.wandb_project} {name}".encode()).hexdigest()[:16]
     # It would record the host, the user's name and the paths of the machine.

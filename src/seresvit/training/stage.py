@@ -16,6 +16,7 @@ from seresvit.config import Config, ConfigError, StageSettings
 from seresvit.model import checkpoint
 from seresvit.model.discriminator import Discriminator
 from seresvit.model.generator import Generator, start_as_identity
+from seresvit.training import perceptual
 
 MODEL, DISCRIMINATOR, STATE = "model.safetensors", "discriminator.safetensors", "state.pt"
 
@@ -81,8 +82,10 @@ def start_stage(fabric: Fabric, config: Config, number: int, last: Path | None) 
     if resumed:
         for name in COUNTERS:
             setattr(stage, name, saved[name])
-        stage.optimizer.load_state_dict(saved["optimizer"])
-        stage.discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
+        for name in ("optimizer", "discriminator_optimizer"):
+            optimizer = getattr(stage, name)
+            optimizer.load_state_dict(saved[name])
+            _lay_out(optimizer)
         if average:
             average.n_averaged.fill_(saved["n_averaged"])
     return stage
@@ -113,6 +116,14 @@ def _set_up(
     return Stage(number, settings, *wrapped, average)  # type: ignore[call-arg]
 
 
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory layout of their weights: fused Adam goes through both value by value as they lie."""
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                state[name] = torch.empty_like(weight).copy_(value)
+
+
 def draw_from(*numbers: int) -> None:
     """Make what torch draws from now on a function of these numbers, so that no generator's state need be kept."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
@@ -134,7 +145,8 @@ def write_stage(stage: Stage, header: checkpoint.Header, folder: Path) -> None:
     header = {**header, "stage": stage.number, "images": stage.images}
     checkpoint.save(stage.model, folder / MODEL, header)
     checkpoint.save(stage.discriminator.module, folder / DISCRIMINATOR, header)
-    torch.save(state, folder / STATE)
+    with open(folder / STATE, "wb") as file:  # given a path, torch keeps from us what the system said of a failure
+        torch.save(state, file)
 
 
 def read_state(last: Path | None) -> dict[str, Any]:
@@ -213,13 +225,15 @@ def take_weights(generator: Generator, path: Path) -> None:
 def check_starting_points(config: Config) -> None:
     """Raises CheckpointError when `train.init_from` or `train.vit_weights` will not fit the stage that takes them.
 
-    And ConfigError when `freeze` names what a stage has not.
+    And ConfigError when `freeze` names what a stage has not, or `perceptual_file` is none.
     """
     for number in (1, 2):
         settings: StageSettings = getattr(config.train, f"stage{number}")
         if settings.num_images and settings.freeze:
             with torch.device("meta"):
                 freeze(stage_network(config, number), settings)
+        if settings.num_images and settings.perceptual_weight:
+            perceptual.load(settings.perceptual_file, torch.device("cpu"))
     if config.train.init_from:
         first = 1 if config.train.stage1.num_images else 2
         take_weights(stage_network(config, first), Path(config.train.init_from))

@@ -105,11 +105,11 @@ def train(
         number for number, end in ends if (number, end) > reached or (number == reached[0] and not is_validated(last))
     ]
     if not left:
-        acquaint(run)
-        fabric.print(f"{run_dir}: this run is finished; nothing was changed")
+        change = "its best checkpoint was completed" if acquaint(run) else "nothing was changed"
+        fabric.print(f"{run_dir}: this run is finished; {change}")
         return run_dir / "checkpoints" / "best" / MODEL
     with signals_caught() as signals, run_folder.disk_full_said(run_dir):
-        log = run_folder.Log(run_dir, config, *reached) if fabric.is_global_zero else None
+        log = run_folder.Log(run_dir, config, *reached, is_validated(last)) if fabric.is_global_zero else None
         try:
             for number in left:
                 # No name holds the stage on: its networks and optimizers must be gone when the next ones come.
@@ -122,8 +122,8 @@ def train(
     return run_dir / "checkpoints" / "best" / MODEL
 
 
-def acquaint(run: Run) -> None:
-    """Write into the best checkpoint what the training images look like to it, unless that stands there already.
+def acquaint(run: Run) -> bool:
+    """Write into the best checkpoint what the training images look like to it; False where that stands there already.
 
     A signal ends it with Stopped and nothing written; the next call does it.
     """
@@ -137,6 +137,8 @@ def acquaint(run: Run) -> None:
             if run.signals:
                 raise Stopped(f"{run.folder}: stopped after its last image", run.signals[0])
             checkpoint.save(network, best, {**network.header, "familiarity": record})
+            return True
+    return False
 
 
 def open_run(
@@ -150,6 +152,7 @@ def open_run(
     if not any(images_of(config, number) for number in (1, 2)):
         raise ConfigError("train.stage1.num_images and train.stage2.num_images are both 0: nothing to train")
     check_starting_points(config)
+    run_folder.check_wandb(config)
     weights = [getattr(config.train, f"stage{n}").mask_weights for n in (1, 2) if images_of(config, n)]
     store = prepare(manifest, config.data, preparing, masks=any(weights))
     for split in ("train", "val"):
@@ -283,7 +286,9 @@ def step(
         buffer.copy_(value)
     stage.bad_steps, stage.bad_steps_in_a_row = stage.bad_steps + 1, stage.bad_steps_in_a_row + 1
     if stage.bad_steps_in_a_row >= config.max_bad_steps:
-        raise _diverged(run, stage)
+        dataset, numbers = training_slices(run, stage), range(stage.images, stage.images + config.batch_size)
+        drawn = [dataset.drawn(number)[:2] for number in numbers]
+        raise _diverged(run, stage, "gradient", f"{stage.bad_steps_in_a_row} steps in a row, the last one", drawn)
     return None
 
 
@@ -388,17 +393,19 @@ def validate(run: Run, stage: Stage) -> None:
     """
     chosen, context = validation_slices(run), run.config.data.context_slices
     network = stage.model.eval()
-    errors = []
-    for case, index in chosen[run.fabric.global_rank :: run.fabric.world_size]:
+    errors, looked_at = [0.0] * len(chosen), 0
+    for place in range(run.fabric.global_rank, len(chosen), run.fabric.world_size):
         if run.signals:
             break
-        source, target = read_slice(run.store, case, index, context)
-        errors.append(float(np.abs(synthesised(run, network, source) - target).mean()))
-    error, count = summed(run.fabric, sum(errors), len(errors))
+        source, target = read_slice(run.store, *chosen[place], context)
+        errors[place] = float(np.abs(synthesised(run, network, source) - target).mean())
+        looked_at += 1
+    *errors, count = summed(run.fabric, *errors, looked_at)
     if count == len(chosen):
-        if not np.isfinite(error):
-            raise _diverged(run, stage)
-        mae = error / count * (run.target_intensity.high - run.target_intensity.low) / 2
+        bad = [chosen[place] for place in np.flatnonzero(~np.isfinite(errors))]
+        if bad:
+            raise _diverged(run, stage, "output", "in validation", bad)
+        mae = sum(errors) / count * (run.target_intensity.high - run.target_intensity.low) / 2
         is_best, stage.validated_at = mae < stage.best_mae, stage.images
         stage.best_mae = min(mae, stage.best_mae)
         if run.log:
@@ -459,14 +466,13 @@ def _due(run: Run, stage: Stage, every_images: int) -> bool:
     return stage.images % every_images < run.config.train.batch_size or stage.images >= stage.settings.num_images
 
 
-def _diverged(run: Run, stage: Stage) -> DataError:
+def _diverged(run: Run, stage: Stage, what: str, where: str, slices: list[tuple[PreparedCase, int]]) -> DataError:
     best = run.folder / "checkpoints" / "best" / MODEL
-    dataset, batch = training_slices(run, stage), range(stage.images, stage.images + run.config.train.batch_size)
-    names = ", ".join(f"{case.name} slice {index}" for case, index, _ in map(dataset.drawn, batch))
+    names = ", ".join(f"{case.name} slice {index}" for case, index in slices)
     return DataError(
-        f"{run.folder}: the gradient or the output is not finite after {stage.images} images of stage {stage.number}, "
-        f"{stage.bad_steps_in_a_row} steps in a row, the last one on {names}; look at these, or lower "
-        f"train.stage{stage.number}.learning_rate in a new --run-dir, perhaps with --set train.init_from={best}"
+        f"{run.folder}: the {what} is not finite after {stage.images} images of stage {stage.number}, {where} on "
+        f"{names}; look at these, or lower train.stage{stage.number}.learning_rate in a new --run-dir, perhaps with "
+        f"--set train.init_from={best}"
     )
 
 
