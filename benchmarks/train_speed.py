@@ -33,7 +33,11 @@ TINY = [
     "model.vit={depth: 4, width: 128, heads: 4, mlp_width: 256}",
     "train.discriminator_channels=16",
 ]
-PAIRS = (("plain", "ours", "plain step / our step"), ("ours", "ours, concat", "SE / concat"))
+PAIRS = (
+    ("plain", "ours", "plain step / our step"),
+    ("ours", "ours, concat", "SE / concat"),
+    ("ours, contiguous", "ours", "channels first / channels last"),
+)
 
 
 def settings(variant: str, size: int, batch: int, tiny: bool) -> Config:
@@ -58,6 +62,9 @@ def stepper(variant: str, size: int, batch: int, tiny: bool) -> Callable[[], obj
         return plain(config, source, target)
     run = Run(config, SimpleNamespace(), None, fabric, {}, Intensity("window", -1024.0, 3071.0, "HU"))
     stage = start_stage(fabric, config, 2, None)
+    if "contiguous" in variant:
+        for network in (stage.generator.module, stage.discriminator.module):
+            network.to(memory_format=torch.contiguous_format)
     train_mode(stage)
     return lambda: step(run, stage, source, target)
 
@@ -140,7 +147,8 @@ def main() -> None:
     parser.add_argument("--sizes", default="256")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--variants", default="plain;ours;ours, concat", help="also 'ours, compiled'")
+    more = "also 'ours, compiled' and 'ours, contiguous'"
+    parser.add_argument("--variants", default="plain;ours;ours, concat", help=more)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()

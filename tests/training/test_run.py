@@ -116,6 +116,20 @@ def test_a_run_without_a_checkpoint_can_be_given_other_settings(begun, micro):
     assert run.is_begun(folder, config, "1234")
 
 
+def test_a_folder_in_which_another_process_trains_is_refused(begun, monkeypatch):
+    _, folder = begun
+    monkeypatch.setattr(run, "WAIT_S", 0.1)
+    script = "import sys, time; from pathlib import Path; from seresvit.training import run\n"
+    script += "with run.held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)\n"
+    with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match="another process trains in it"), run.held(folder):
+            pass
+        other.kill()
+    with run.held(folder):
+        pass
+
+
 def test_what_another_process_is_writing_is_left_alone(begun):
     _, folder = begun
 

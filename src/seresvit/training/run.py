@@ -25,15 +25,17 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from seresvit import __version__
 from seresvit.config import Config, ConfigError, from_tree, to_yaml
-from seresvit.data.volume import DISK_FULL, DataError, remove_abandoned, written_whole
+from seresvit.data.volume import DISK_FULL, LOCK, DataError, remove_abandoned, written_whole
 from seresvit.model import checkpoint
 
 SEAL = "files.json"
+WAIT_S = 10
 PANEL = "source | synthetic | target | absolute error, white = 10 % of the range"
 
 
@@ -117,6 +119,26 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, str]:
     if faults:
         raise DataError(f"{faults[0]}, and there is no whole one before it; restore a copy or start in a new --run-dir")
     return None, ""
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """The folder for this process alone. Raises ConfigError when another trains in it.
+
+    For ten seconds it waits for what a killed process left to end by itself. On a file system that knows no locks
+    nothing is held.
+    """
+    lock = FileLock(run_dir / LOCK)
+    try:
+        lock.acquire(timeout=WAIT_S)
+    except Timeout:
+        raise ConfigError(f"{run_dir}: another process trains in it; let it end or choose another --run-dir") from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

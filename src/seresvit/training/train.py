@@ -8,6 +8,7 @@ last one of either.
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,13 @@ def train(
         if fabric.is_global_zero and not run_folder.is_begun(run_dir, config, run.store.data_hash):
             facts = {**machine(fabric), "precision": precision_of(config), **_counts(run.store)}
             run_folder.begin(run_dir, config, facts)
+    with run_folder.held(run_dir) if fabric.is_global_zero else nullcontext():
+        return _go_on(run, progress)
+
+
+def _go_on(run: Run, progress: Progress) -> Path:
+    """The best checkpoint's path, when what the run folder still lacks is trained."""
+    config, fabric, run_dir = run.config, run.fabric, run.folder
     last, fault = fabric.broadcast(run_folder.newest_whole(run_dir) if fabric.is_global_zero else (None, ""))
     if fault:
         fabric.print(fault)
