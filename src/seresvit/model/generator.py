@@ -203,10 +203,10 @@ class _Reflected(torch.autograd.Function):
         padded_BCHW = torch.empty(size, dtype=x_BCHW.dtype, device=x_BCHW.device, memory_format=torch.channels_last)
         inner = slice(edge, -edge)
         padded_BCHW[:, :, inner, inner] = x_BCHW
-        padded_BCHW[:, :, :edge, inner] = x_BCHW[:, :, 1 : edge + 1].flip(2)
-        padded_BCHW[:, :, -edge:, inner] = x_BCHW[:, :, -edge - 1 : -1].flip(2)
-        padded_BCHW[..., :edge] = padded_BCHW[..., edge + 1 : 2 * edge + 1].flip(3)
-        padded_BCHW[..., -edge:] = padded_BCHW[..., -2 * edge - 1 : -edge - 1].flip(3)
+        padded_BCHW[:, :, :edge, inner] = _flipped(x_BCHW[:, :, 1 : edge + 1], 2)
+        padded_BCHW[:, :, -edge:, inner] = _flipped(x_BCHW[:, :, -edge - 1 : -1], 2)
+        padded_BCHW[..., :edge] = _flipped(padded_BCHW[..., edge + 1 : 2 * edge + 1], 3)
+        padded_BCHW[..., -edge:] = _flipped(padded_BCHW[..., -2 * edge - 1 : -edge - 1], 3)
         return padded_BCHW
 
     @staticmethod
@@ -216,14 +216,19 @@ class _Reflected(torch.autograd.Function):
 
         def folded(part_BCHW: torch.Tensor) -> torch.Tensor:
             columns_BCHW = part_BCHW[..., edge:-edge].clone(memory_format=torch.channels_last)
-            columns_BCHW[..., 1 : edge + 1] += part_BCHW[..., :edge].flip(3)
-            columns_BCHW[..., -edge - 1 : -1] += part_BCHW[..., -edge:].flip(3)
+            columns_BCHW[..., 1 : edge + 1] += _flipped(part_BCHW[..., :edge], 3)
+            columns_BCHW[..., -edge - 1 : -1] += _flipped(part_BCHW[..., -edge:], 3)
             return columns_BCHW
 
         sum_BCHW = folded(gradient_BCHW[:, :, edge:-edge])
-        sum_BCHW[:, :, 1 : edge + 1] += folded(gradient_BCHW[:, :, :edge]).flip(2)
-        sum_BCHW[:, :, -edge - 1 : -1] += folded(gradient_BCHW[:, :, -edge:]).flip(2)
+        sum_BCHW[:, :, 1 : edge + 1] += _flipped(folded(gradient_BCHW[:, :, :edge]), 2)
+        sum_BCHW[:, :, -edge - 1 : -1] += _flipped(folded(gradient_BCHW[:, :, -edge:]), 2)
         return sum_BCHW, None
+
+
+def _flipped(x_BCHW: torch.Tensor, axis: int) -> torch.Tensor:
+    """The images in reverse along the axis; no kernel for the one row or column that most paddings mirror."""
+    return x_BCHW.flip(axis) if x_BCHW.shape[axis] > 1 else x_BCHW
 
 
 def pad_to_multiple(x_BCHW: torch.Tensor, multiple: int) -> torch.Tensor:

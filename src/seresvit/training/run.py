@@ -226,7 +226,8 @@ class Log:
 
 def check_wandb(config: Config) -> None:
     """Raises ConfigError where Weights & Biases is asked for and not installed."""
-    if config.train.wandb_project and not find_spec("wandb"):
+    found = find_spec("wandb")
+    if config.train.wandb_project and not (found and found.origin):  # a folder of that name in the way has none
         raise ConfigError("train.wandb_project: wandb is not installed; pip install 'seresvit[wandb]'")
 
 
