@@ -177,11 +177,8 @@ class Log:
         self.folder, self.before_stage2 = run_dir, config.train.stage1.num_images
         self.lines = run_dir / "log.jsonl"
         if self.lines.is_file():
-            reached = (stage, images)
             kept = [line for line in self.lines.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in kept if _place(json.loads(line)) <= reached]
-            if not validated:
-                kept = [line for line in kept if _place(json.loads(line)) < reached or '"val_mae"' not in line]
+            kept = [line for line in kept if _stays(json.loads(line), (stage, images), validated)]
             with written_whole(self.lines) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.board = SummaryWriter(str(run_dir), purge_step=self._images_in_all(stage, images) + 1)
@@ -226,8 +223,10 @@ class Log:
 
 def check_wandb(config: Config) -> None:
     """Raises ConfigError where Weights & Biases is asked for and not installed."""
+    if not config.train.wandb_project:
+        return
     found = find_spec("wandb")
-    if config.train.wandb_project and not (found and found.origin):  # a folder of that name in the way has none
+    if not (found and found.origin):  # a mere folder of that name has none
         raise ConfigError("train.wandb_project: wandb is not installed; pip install 'seresvit[wandb]'")
 
 
@@ -251,8 +250,10 @@ def pictured(rows: Iterable[Sequence[np.ndarray]]) -> np.ndarray:
     return np.concatenate([np.pad(strip, [(0, 0), (0, width - strip.shape[1])]) for strip in strips])
 
 
-def _place(line: dict[str, Any]) -> tuple[int, int]:
-    return line["stage"], line["images"]
+def _stays(line: dict[str, Any], reached: tuple[int, int], validated: bool) -> bool:
+    """Whether a line of the log will not come again from a checkpoint of that stage and those images."""
+    place = (line["stage"], line["images"])
+    return place < reached or (place == reached and (validated or "val_mae" not in line))
 
 
 def _fault(folder: Path) -> str:

@@ -154,16 +154,13 @@ def read_state(last: Path | None) -> dict[str, Any]:
     return torch.load(last / STATE, map_location="cpu", weights_only=True) if last else {}
 
 
-def position(last: Path | None) -> tuple[int, int]:
-    """The stage and the images seen of a checkpoint; (0, 0) where there is none."""
-    saved = read_state(last)
-    return saved.get("stage", 0), saved.get("images", 0)
+def position(last: Path | None) -> tuple[int, int, bool]:
+    """The stage and the images seen of a checkpoint, and whether its network was validated as it is there.
 
-
-def is_validated(last: Path | None) -> bool:
-    """Whether a checkpoint's network was validated as it is there."""
+    (0, 0, True) where there is no checkpoint.
+    """
     saved = read_state(last)
-    return not saved or saved["validated_at"] >= saved["images"]
+    return saved.get("stage", 0), saved.get("images", 0), not saved or saved["validated_at"] >= saved["images"]
 
 
 def stage_network(config: Config, number: int) -> Generator:

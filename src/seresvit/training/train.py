@@ -46,7 +46,6 @@ from seresvit.training.stage import (
     Terms,
     check_starting_points,
     draw_from,
-    is_validated,
     position,
     rate_factor,
     start_stage,
@@ -106,18 +105,16 @@ def _go_on(run: Run, progress: Progress) -> Path:
     last, fault = fabric.broadcast(run_folder.newest_whole(run_dir) if fabric.is_global_zero else (None, ""))
     if fault:
         fabric.print(fault)
-    reached = position(last)
+    stage, images, validated = position(last)
     ends = [(number, images_of(config, number)) for number in (1, 2) if images_of(config, number)]
     # A stage that was stopped between its last step and its last validation still has the latter before it.
-    left = [
-        number for number, end in ends if (number, end) > reached or (number == reached[0] and not is_validated(last))
-    ]
+    left = [number for number, end in ends if (number, end) > (stage, images) or (number == stage and not validated)]
     if not left:
         change = "its best checkpoint was completed" if acquaint(run) else "nothing was changed"
         fabric.print(f"{run_dir}: this run is finished; {change}")
         return run_dir / "checkpoints" / "best" / MODEL
     with signals_caught() as signals, run_folder.disk_full_said(run_dir):
-        log = run_folder.Log(run_dir, config, *reached, is_validated(last)) if fabric.is_global_zero else None
+        log = run_folder.Log(run_dir, config, stage, images, validated) if fabric.is_global_zero else None
         try:
             for number in left:
                 # No name holds the stage on: its networks and optimizers must be gone when the next ones come.
@@ -277,15 +274,15 @@ def step(
     steps: list[tuple[torch.nn.Module, _FabricOptimizer]] = [(stage.generator, stage.optimizer)]
     if stage.settings.adversarial_weight:
         steps.append((stage.discriminator, stage.discriminator_optimizer))
-    finite = torch.isfinite(torch.stack(norms)).all()
+    # Told as GradScaler tells it, the device passes over an update by itself, and is not waited for until all of
+    # the step is under way.
+    found_inf = (~torch.isfinite(torch.stack(norms)).all()).float()
     for (network, optimizer), norm in zip(steps, norms, strict=True):
         if config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.clip_norm, norm)
-        # As torch's GradScaler tells it: the device passes over an update by itself, and is not waited for until all of
-        # the step is under way.
-        optimizer.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         optimizer.step()
-    if finite:
+    if not found_inf:
         stage.bad_steps_in_a_row = 0
         if stage.average:
             stage.average.update_parameters(stage.generator.module)
